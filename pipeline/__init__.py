@@ -1,0 +1,1 @@
+"""The library of datadose: no argv, no environment, no Kubernetes. jobs/ holds what runs."""

@@ -1,0 +1,26 @@
+"""Errors that teach: what was given, what was wanted, what to do. The command line prints them without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the user can mend: a study, a setting, a file, a full disk."""
+
+
+class StageError(Exception):
+    """Some steps of a stage failed; the others are committed and a rerun builds only what is missing."""
+
+    def __init__(self, stage: str, failed: dict[str, str], built: int) -> None:
+        self.stage, self.failed, self.built = stage, failed, built
+        lines = "\n".join(f"  {step}: {reason}" for step, reason in sorted(failed.items()))
+        super().__init__(f"{stage}: {len(failed)} of {len(failed) + built} steps failed (a rerun builds only these):\n{lines}")
+
+
+def nearest(given: str, valid: Iterable[str]) -> str:
+    """A hint `, did you mean 'x'?` or the list of what is valid."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(names)}"

@@ -1,0 +1,85 @@
+"""Language models behind one interface: `await model.complete(request)`. Any number of requests may be under way.
+
+`open_model` is the only place that knows the providers. A scripted model is an ordinary model name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.runtime import Runtime
+from pipeline.study import ModelName, Sampling
+from pipeline.tasks import Conversation
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter. Name, id and path are unique to a cell: engines cache by each of them."""
+
+    name: str
+    number: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    conversation: Conversation
+    sampling: Sampling
+    seed: int
+    choices: tuple[str, ...] | None = None
+    """The answer is exactly one of these."""
+    adapter: Adapter | None = None
+    """None asks the untouched model."""
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    finish_reason: str
+    """stop, length or choice."""
+    prompt_ids: tuple[int, ...]
+    completion_tokens: int
+    prompt_logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each prompt token but the first, where asked for."""
+
+    @property
+    def status(self) -> str:
+        return "truncated" if self.finish_reason == "length" else "ok"
+
+
+class LanguageModel(Protocol):
+    async def complete(self, request: Request) -> Completion: ...
+
+    def close(self) -> None: ...
+
+
+def seed_of(*parts: str | int) -> int:
+    """A request's seed from what the request is about: 31 bits, the same in whatever batch it runs."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
+
+
+def open_model(name: str, runtime: Runtime, precision: str, adapters: int = 0, rank: int = 16) -> LanguageModel:
+    """Start the model `name`, with room for `adapters` LoRA adapters of `rank`."""
+    model = ModelName.parse(name)
+    if model.provider == "scripted":
+        from pipeline.llm.scripted import ScriptedModel
+
+        return ScriptedModel(model.name)
+    from pipeline.llm.vllm_engine import VllmModel
+
+    return VllmModel(model, runtime, precision, adapters, rank)
+
+
+def engine_environment(name: str, runtime: Runtime) -> Mapping[str, str]:
+    """What the process that opens this model must have in its environment from its first instruction on."""
+    if ModelName.parse(name).provider != "vllm" or runtime.gpus_per_worker:
+        return {}
+    from pipeline.cpu import preload_environment
+
+    return preload_environment()

