@@ -46,6 +46,8 @@ class Cell:
 class Plan:
     study: Study
     task: Task
+    params: Any
+    """The study's [task] table, validated by the task."""
     train_rows: tuple[Example, ...]
     evaluation_rows: tuple[Example, ...]
     shards: Mapping[str, tuple[Example, ...]]
@@ -125,7 +127,7 @@ def make_plan(study: Study) -> Plan:
     judged = _judge_steps(study, task, generated)
     report = Step("report", study.name, {"version": VERSIONS["report"], "study": study}, (*evaluation_shards, *subsets.values(), *trained, *generated, *judged))
     every = (*steps, *subsets.values(), *trained, *generated, *judged, report)
-    return Plan(study, task, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
+    return Plan(study, task, params, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
 
 
 def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str) -> list[Example]:
@@ -145,7 +147,7 @@ def _synthesize_steps(study: Study, task: Task, split: str, rows: list[Example])
     for index, chunk in enumerate(chunks):
         config = {
             "version": VERSIONS["synthesize"],
-            "task": [task.name, task.version],
+            "task": [task.version, study.task],
             "teacher": study.synthesis.teacher,
             "sampling": study.synthesis.sampling,
             "precision": study.precision,

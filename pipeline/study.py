@@ -60,7 +60,10 @@ class Sampling(Model):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
     max_tokens: PositiveInt = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
     seed: int = 3407
 
 
@@ -110,6 +113,7 @@ class Training(Model):
     schedule: Literal["linear", "constant"] = "linear"
     warmup_steps: int = Field(5, ge=0)
     weight_decay: float = Field(0.1, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw_8bit"
     max_grad_norm: PositiveFloat = 1.0
     seeds: tuple[int, ...] = Field((3407,), min_length=1)
     rank: PositiveInt = 16

@@ -101,7 +101,8 @@ class VllmModel:
 
         sampling = request.sampling
         parameters = SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p, seed=request.seed,
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty, seed=request.seed, stop=list(sampling.stop),
             max_tokens=sampling.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY, prompt_logprobs=0 if request.prompt_logprobs else None,
             structured_outputs=StructuredOutputsParams(choice=list(request.choices)) if request.choices else None,
         )  # fmt: skip

@@ -52,8 +52,8 @@ class Task:
     """Fields -> what the teacher is asked."""
     plain: Callable[[Mapping[str, str]], Conversation]
     """Fields -> what users of the fine-tune ask; the default for training, always used for evaluation."""
-    parse: Callable[[str], Parsed]
-    """Model text -> the answer or a status."""
+    parse: Callable[[Any, Mapping[str, str], str, bool], Parsed]
+    """Params, fields, what the teacher wrote, whether it came to its end -> the answer to train on, or a status."""
     judge: Callable[[str, str, str], Conversation]
     """Plain prompt, post A, post B (all neutralised) -> the question to a judge that answers A or B."""
     scores: Callable[[Mapping[str, str], str], dict[str, float]]

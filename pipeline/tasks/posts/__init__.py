@@ -112,10 +112,7 @@ class Company(BaseModel):
 
     @property
     def profile(self) -> str:
-        return (
-            f"{self.description} Industry: {self.industry}. Mission: {self.mission} Offering: {self.offering} "
-            f"Size: {self.size}. History: {self.history} Audience: {self.audience}"
-        )
+        return f"{self.description} It offers: {self.offering} It sells to: {self.audience}"
 
 
 class Params(BaseModel):
@@ -128,6 +125,8 @@ class Params(BaseModel):
     """Who training rows are written for; all that are not held out where not given."""
     held_out: tuple[str, ...] = ()
     """Who evaluation prompts are for; empty: the same companies as in training."""
+    trim: bool = False
+    """Keep of the teacher's post as many whole sentences as were asked for: small teachers do not stop by themselves."""
 
 
 def train(params: Params) -> Iterator[Example]:
@@ -187,20 +186,19 @@ ONLY_THE_POST = "Reply with the text of the post and nothing else: no title, no 
 
 # What all rows share comes first, then what few rows differ in: an engine with a prefix cache reads it once.
 RICH_SYSTEM = (
-    "You are a senior copywriter. You write sales posts for social media and know how to win a moment of attention.\n"
-    "Every post you write must:\n" + "\n".join(f"- {line}" for line in UNIVERSAL) + f"\n{ONLY_THE_POST}"
+    "You write sales posts for social media and know how to win a moment of attention. "
+    f"Every post must {'; '.join(UNIVERSAL)}. {ONLY_THE_POST}"
 )
-PLAIN_SYSTEM = "You write sales posts for social media."
+PLAIN_SYSTEM = "You write for social media."
 
 
 def rich(fields: Mapping[str, str]) -> Conversation:
-    own = "\n".join(f"- {line}" for line in TYPES[fields["type"]].criteria)
+    asked = sentences_asked(fields["length"])
     user = (
-        f"Post type: {fields['type']}. Such a post must also:\n{own}\n"
-        f"Length: {fields['length']}, {sentences_asked(fields['length'])}\n"
-        f"Company: {fields['company']}. {fields['profile']}\n"
-        f"Product: {fields['product']}\nTone: {fields['tone']}\n"
-        f"Write the post for {fields['product']} now, in {sentences_asked(fields['length'])}, with a call to action and hashtags."
+        f"About {fields['company']}: {fields['profile']}\n"
+        f"A post of the type {fields['type']!r} must also {'; '.join(TYPES[fields['type']].criteria)}.\n"
+        f"Write a {fields['tone']} {fields['type']} post of {fields['length']} length ({asked}) that sells {fields['product']}. "
+        f"Name {fields['product']}, end with a call to action and add hashtags."
     )
     return [{"role": "system", "content": RICH_SYSTEM}, {"role": "user", "content": user}]
 
@@ -209,16 +207,23 @@ def plain(fields: Mapping[str, str]) -> Conversation:
     user = (
         "Write a sales post for my company's product.\n"
         f"Company: {fields['company']}. {fields['simple']}\nProduct: {fields['product']}\n"
-        f"Length: {fields['length']} ({sentences_asked(fields['length'])})\n"
-        f"Type: {fields['type']}\nTone: {fields['tone']}\nReply with the post only."
+        f"Length: {sentences_asked(fields['length'])}\nType: {fields['type']}\nTone: {fields['tone']}\n"
+        "Reply with the post only."
     )
     return [{"role": "system", "content": PLAIN_SYSTEM}, {"role": "user", "content": user}]
 
 
-def parse(text: str) -> Parsed:
-    """A post is whatever text came back; blank text is no post."""
+def parse(params: Params, fields: Mapping[str, str], text: str, finished: bool) -> Parsed:
+    """A post is whatever text came back; blank text is no post, and a text that was cut off is none unless trimmed."""
     answer = text.strip()
-    return Parsed("ok", answer) if answer else Parsed("unparsed", None)
+    if not answer:
+        return Parsed("unparsed", None)
+    low, high = LENGTHS[fields["length"]]
+    if params.trim:
+        ends = [match.end() for match in _SENTENCE_END.finditer(answer)]
+        if len(ends) >= low and (not finished or (high is not None and len(ends) > high)):
+            return Parsed("ok", answer[: ends[min(len(ends), high or len(ends)) - 1]])
+    return Parsed("ok", answer) if finished else Parsed("truncated", None)
 
 
 JUDGE_SYSTEM = (

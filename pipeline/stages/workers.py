@@ -1,0 +1,105 @@
+"""Ray: the session, and the board on which workers write how far they are.
+
+`ray.init` attaches to a cluster where RAY_ADDRESS names one and starts an embedded one where it does not; nothing
+else differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+
+from pipeline.events import Events
+from pipeline.runtime import Runtime
+
+POLL_EVERY_S = 1.0
+
+
+def ensure_ray(runtime: Runtime) -> None:
+    """Start or attach, once per process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the environment is made already
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    embedded = not os.environ.get("RAY_ADDRESS")
+    ray.init(
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        include_dashboard=False if embedded else None,
+        object_store_memory=256 * 2**20 if embedded else None,  # rows travel through the store, not through Ray
+        num_cpus=max(2, os.cpu_count() or 2) if embedded else None,  # a worker and a reader must fit at once
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def worker_environment(engine: Mapping[str, str], runtime: Runtime, workers: int) -> dict[str, Any]:
+    """runtime_env of a worker. Ray would give it as many OpenMP threads as Ray CPUs, which is one."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return {"env_vars": {"OMP_NUM_THREADS": str(threads), **quiet, **engine}}
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Counts of finished work, and the reasons of failed steps."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._failed: dict[str, str] = {}
+
+    def add(self, count: int) -> None:
+        self._done += count
+
+    def fail(self, step: str, reason: str) -> None:
+        self._failed[step] = reason
+
+    def read(self) -> tuple[int, dict[str, str]]:
+        return self._done, self._failed
+
+
+@contextlib.contextmanager
+def board(events: Events, stage: str, total: int, unit: str) -> Iterator[Any]:
+    """A board whose count is emitted as progress events while the block runs."""
+    actor = Board.remote()
+    stop = threading.Event()
+
+    def poll() -> None:
+        last = -1
+        while True:
+            ended = stop.wait(POLL_EVERY_S)
+            count, _ = ray.get(actor.read.remote())
+            if count != last:
+                events.emit("progress", stage=stage, done=count, total=total, unit=unit)
+                last = count
+            if ended:
+                return
+
+    events.emit("progress", stage=stage, done=0, total=total, unit=unit)
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        ray.kill(actor)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of what Ray wrapped around it."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
