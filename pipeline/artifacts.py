@@ -65,9 +65,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """What one build makes: `config` and `inputs` decide its result, `name` is for the reader."""
+    """What one build makes: `config` and `inputs` decide its result, `name` is for the reader. Equal keys, equal steps."""
 
     stage: str
     name: str
@@ -86,6 +86,12 @@ class Step:
     @functools.cached_property
     def key(self) -> str:
         return f"{self.stage}/{self.name}-{self.fingerprint[:10]}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def manifest_key(self) -> str:
@@ -305,7 +311,7 @@ def commit(store: Store, step: Step, objects: Mapping[str, bytes | Path | pa.Tab
     written: dict[str, Artifact] = {}
     for name, value in objects.items():
         rows = value.num_rows if isinstance(value, pa.Table) else None
-        data = _parquet(value) if isinstance(value, pa.Table) else value
+        data = parquet_bytes(value) if isinstance(value, pa.Table) else value
         key = f"objects/{step.key}/{attempt}/{name}"
         store.replace(key, data)
         size, sha256 = _measure(data)
@@ -366,7 +372,7 @@ def read_tables(store: Store, steps: Iterable[Step], name: str) -> pa.Table:
     return pa.concat_tables([read_table(store, step, name) for step in steps])
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -27,7 +27,8 @@ def ensure_ray(runtime: Runtime) -> None:
         return
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the environment is made already
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers' stderr is kept in the session's folder all the same
     embedded = not os.environ.get("RAY_ADDRESS")
     ray.init(
         logging_level=logging.ERROR,
@@ -36,7 +37,6 @@ def ensure_ray(runtime: Runtime) -> None:
         object_store_memory=256 * 2**20 if embedded else None,  # rows travel through the store, not through Ray
         num_cpus=max(2, os.cpu_count() or 2) if embedded else None,  # a worker and a reader must fit at once
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 

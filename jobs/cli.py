@@ -1,0 +1,144 @@
+"""`datadose`: plan, run, status, report, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.session import FAILED, console, exit_codes, plan_of, runtime_from
+from pipeline.artifacts import done_keys, open_store
+from pipeline.plan import describe
+from pipeline.study import known_studies
+
+app = typer.Typer(
+    help="How much data does a fine-tune need? STUDY is the name of a file in jobs/studies or a path that ends in .toml.",
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+)  # fmt: skip
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help=f"{', '.join(known_studies())}, or a .toml file")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command()
+def plan(study: StudyName, as_json: AsJson = False) -> None:
+    """What would run, what it costs, what is done and what is missing."""
+    made = plan_of(study)
+    described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
+    if as_json:
+        typer.echo(json.dumps(described, indent=1))
+        return
+    from rich.table import Table
+
+    _warn_simulated(described)
+    console.print(f"{study}: {described['prompts']} training rows, {described['evaluation_prompts']} evaluation prompts, {len(described['cells'])} cells")
+    table = Table()
+    for column in ("cell", "rows", "steps", "epochs", "done"):
+        table.add_column(column, justify="left" if column == "cell" else "right")
+    for cell in described["cells"]:
+        table.add_row(cell["name"], str(cell["rows"]), str(cell["steps"]), f"{cell['epochs']:.3g}", "yes" if cell["done"] else "")
+    console.print(table)
+    _print_stages(described)
+    tokens, requests = described["cost"]["tokens_estimated"], described["cost"]["requests"]
+    for stage, count in tokens.items():
+        asked = f"{requests[stage]:,} requests" if stage in requests else f"{described['cost']['training_rows']:,} rows in {described['cost']['steps']:,} steps"
+        console.print(f"{stage:<11} {asked}, about {count:,} tokens")
+
+
+@app.command()
+def run(
+    study: StudyName,
+    only: Annotated[str | None, typer.Option(metavar="STAGE_OR_CELL", help="build only this stage or this cell")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the steps that would be built, and build nothing")] = False,
+) -> None:
+    """Build what is missing of a study, from synthesis to report. A finished study builds nothing."""
+    made, runtime = plan_of(study), runtime_from(os.environ)
+    keys = made.select(only)
+    if dry_run:
+        done = done_keys(open_store(runtime.store))
+        missing = [step.key for step in made.steps if step.key in keys and step.key not in done]
+        for key in missing:
+            typer.echo(key)
+        typer.echo(f"{len(missing)} of {len(keys)} steps would be built")
+        return
+    from jobs import grid
+
+    grid.run(made, runtime, only)
+
+
+@app.command()
+def status(study: StudyName, as_json: AsJson = False) -> None:
+    """What of a study is done."""
+    made = plan_of(study)
+    described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
+    if as_json:
+        typer.echo(json.dumps({key: described[key] for key in ("study", "stages", "cells", "missing")}, indent=1))
+        return
+    _warn_simulated(described)
+    _print_stages(described)
+
+
+@app.command()
+def report(
+    study: StudyName,
+    out: Annotated[Path | None, typer.Option(help="copy the report and its tables into this folder")] = None,
+) -> None:
+    """The results as a table and the report's path. Of an unfinished study: what there is so far, in STUDY-report/."""
+    from jobs import grid
+    from pipeline.artifacts import read_manifest
+
+    made, runtime = plan_of(study), runtime_from(os.environ)
+    store = open_store(runtime.store)
+    (step,) = made.stage("report")
+    manifest = read_manifest(store, step)
+    if manifest is not None:
+        grid.show_report(made, store, runtime)
+        files: dict[str, Any] = {name: store.read(item.key) for name, item in manifest.objects.items()} if out else {}
+    else:
+        from pipeline.artifacts import parquet_bytes
+        from pipeline.stages.report import make_report
+
+        files = {name: item if isinstance(item, bytes) else parquet_bytes(item) for name, item in make_report(made, store).items()}
+        out = out or Path(f"{made.study.name}-report")
+        console.print("[yellow]the study is not finished: this is what there is so far[/yellow]")
+        grid.print_results(json.loads(files["results.json"]))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (out / name).write_bytes(data)
+        console.print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def doctor(study: StudyName = "laptop") -> None:
+    """Check store, models, memory, disk, ports and versions, and say what to do about each finding."""
+    from pipeline.preflight import diagnose
+
+    bad = 0
+    for check in diagnose(plan_of(study), runtime_from(os.environ)):
+        console.print(f"[green]ok  [/green] {check.name}: {check.found}" if check.passed else f"[red]FAIL[/red] {check.name}: {check.found}. {check.remedy}")
+        bad += not check.passed
+    if bad:
+        raise typer.Exit(FAILED)
+
+
+def _warn_simulated(described: dict[str, Any]) -> None:
+    if described["simulated"]:
+        console.print(f"[red]Simulated: {', '.join(described['simulated'])} played by a scripted model[/red]")
+
+
+def _print_stages(described: dict[str, Any]) -> None:
+    for stage, counts in described["stages"].items():
+        console.print(f"{stage:<11} {counts['done']}/{counts['steps']} steps done")
+
+
+def main() -> None:
+    with exit_codes():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The whole study: the stages in order, then the results as a table. Run as `python -m jobs.grid STUDY`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from jobs.session import build, console, exit_codes, plan_of, runtime_from
+from pipeline.artifacts import Store, open_store, read_manifest
+from pipeline.errors import UserError
+from pipeline.plan import Plan
+from pipeline.preflight import preflight
+from pipeline.runtime import Runtime
+
+
+def run(plan: Plan, runtime: Runtime, only: str | None = None) -> None:
+    started = time.monotonic()
+    preflight(plan, runtime)
+    built = build(plan, runtime, only=only)
+    if only is None:
+        show_report(plan, open_store(runtime.store), runtime)
+    what = f"{built} steps built" if built else "nothing to build: the study is finished" if only is None else f"nothing to build: {only} is finished"
+    console.print(f"{what}, {time.monotonic() - started:.0f} s")
+
+
+def show_report(plan: Plan, store: Store, runtime: Runtime) -> None:
+    """The committed report as a table, and where the page is. Raises UserError where there is none yet."""
+    (step,) = plan.stage("report")
+    manifest = read_manifest(store, step)
+    if manifest is None:
+        raise UserError(f"no report of {plan.study.name} in {store.uri} yet; run `datadose run {plan.study.name}` first")
+    paths = {name: store.path(artifact.key, runtime.cache_dir) for name, artifact in manifest.objects.items()}
+    print_results(json.loads(paths["results.json"].read_bytes()))
+    console.print(f"report: {_short(paths['report.html'])}", soft_wrap=True)
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def print_results(results: dict[str, object]) -> None:
+    for gate in results["gates"]:  # type: ignore[attr-defined]  # JSON
+        color, word = ("green", "passed") if gate["passed"] else ("bold red", "FAILED")
+        console.print(f"[{color}]{word}[/{color}] {gate['name']}: {gate['detail']}")
+    if results["simulated"]:
+        console.print(f"[bold red]Simulated: {', '.join(results['simulated'])} played by a scripted model[/bold red]")  # type: ignore[arg-type]
+    if not results["judge_trusted"]:
+        console.print("[bold red]The judge cannot be trusted; read the held-out loss and the checks, which need no judge.[/bold red]")
+    table = Table(title=f"study {results['study']}")
+    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", "checks", "win rate", "won/lost/tied/?"):
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=column == "cell")
+    for cell in results["cells"]:  # type: ignore[attr-defined]
+        rates = list(cell["win_rates"].values())
+        table.add_row(
+            cell["name"], str(cell["rows"] or "–"), str(cell["steps"] or "–"), f"{cell['epochs']:.3g}" if cell["rows"] else "–",
+            "–" if cell["heldout_loss"] is None else f"{cell['heldout_loss']:.3f}",
+            f"{cell['heldout_change']['mean']:+.3f}" if cell["rows"] and cell["heldout_change"] else "–",
+            f"{cell['score']['mean']:.2f}",
+            " ".join(f"{rate['rate']['mean']:.2f}" for rate in rates if rate["rate"]) or "–",
+            " ".join(f"{rate['wins']}/{rate['losses']}/{rate['ties']}/{rate['unparsed']}" for rate in rates) or "–",
+        )  # fmt: skip
+    console.print(table)
+    console.print("loss: held-out nats per token; checks: share of exact checks passed; ?: unparsed verdicts")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        if len(sys.argv) != 2:
+            raise UserError(f"usage: python -m jobs.grid STUDY (a name in jobs/studies or a .toml file), got {sys.argv[1:]}")
+        run(plan_of(sys.argv[1]), runtime_from(os.environ))

@@ -1,0 +1,145 @@
+"""What can be known before the first step: each check says what it found, what was wanted and what to do."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import psutil
+
+from pipeline.artifacts import Store, done_keys, open_store
+from pipeline.errors import UserError
+from pipeline.models import package_file
+from pipeline.plan import Plan
+from pipeline.runtime import Runtime
+from pipeline.study import ModelName
+
+NEEDED = {"ray": "2.60", "pyarrow": "20", "transformers": "5", "peft": "0.21", "bitsandbytes": "0.50"}
+"""Packages that a real study needs in this environment, with the oldest version that is known to work."""
+DISK_GIB = 2.0
+"""Converted model, adapters and tables of a small study, with room to spare."""
+
+
+class Check(NamedTuple):
+    name: str
+    passed: bool
+    found: str
+    remedy: str
+
+
+def preflight(plan: Plan, runtime: Runtime) -> None:
+    """The cheap checks that decide whether to start. Raises UserError for the first that fails; nothing is built."""
+    store = open_store(runtime.store)
+    if all(step.key in done_keys(store) for step in plan.steps):
+        return
+    checks = [writable(store)]
+    if not plan.study.simulated:
+        checks += [*models(plan), memory(runtime)]
+    for check in checks:
+        if not check.passed:
+            raise UserError(f"{check.name}: {check.found}. {check.remedy}")
+
+
+def diagnose(plan: Plan, runtime: Runtime) -> Iterator[Check]:
+    """All checks, for `datadose doctor`."""
+    store = open_store(runtime.store)
+    yield writable(store)
+    yield conditional_writes(store)
+    yield from models(plan)
+    yield memory(runtime)
+    yield disk(runtime)
+    yield amx(plan)
+    yield ports()
+    yield from versions()
+
+
+def writable(store: Store) -> Check:
+    remedy = "Set DATADOSE_STORE to a folder that you may write to or to s3://bucket/prefix, and check keys and endpoint"
+    key = f"doctor/{secrets.token_hex(6)}"
+    try:
+        store.replace(key, b"x")
+        store.delete(key)
+    except Exception as error:  # noqa: BLE001  # whatever a store raises is the finding
+        return Check("store", False, f"{store.uri} cannot be written ({error})", remedy)
+    return Check("store", True, f"{store.uri} can be written", remedy)
+
+
+def conditional_writes(store: Store) -> Check:
+    """A second create of one key must be refused, or two runs could both think that they have committed."""
+    key = f"doctor/{secrets.token_hex(6)}"
+    try:
+        first, second = store.create(key, b"first"), store.create(key, b"second")
+        kept = store.read(key) == b"first"
+        store.delete(key)
+    except Exception as error:  # noqa: BLE001  # whatever a store raises is the finding
+        return Check("conditional writes", False, f"could not be tried ({error})", "Mend the store first")
+    honoured = first and not second and kept
+    found = "honoured" if honoured else "this store lets the second writer win (it ignores If-None-Match)"
+    return Check("conditional writes", honoured, found, "Use another store, or never run one study twice at once on this one")
+
+
+def models(plan: Plan) -> Iterator[Check]:
+    study = plan.study
+    for name in dict.fromkeys((study.base, study.synthesis.teacher, *study.judging.judges)):
+        model = ModelName.parse(name)
+        if model.simulated:
+            yield Check("model", True, f"{name} is scripted: a study with it measures nothing", "")
+        elif model.name.startswith("package:"):
+            try:
+                path = package_file(model)
+                with path.open("rb") as file:
+                    good = file.read(4) == b"GGUF"
+                yield Check("model", good, f"{name} {'is there' if good else f'is no GGUF file: {path}'}", "Reinstall the package: make clean-env, make")
+            except (UserError, OSError) as error:
+                yield Check("model", False, f"{name} cannot be read ({error})", "Reinstall the package: make clean-env, make")
+        else:
+            yield Check("model", True, f"{name} comes from the hub or a folder when it is first needed", "")
+
+
+def memory(runtime: Runtime) -> Check:
+    free = psutil.virtual_memory().available / 2**30
+    remedy = "Close something, or set DATADOSE_MEMORY_GIB if you know that the study needs less"
+    return Check("memory", free >= runtime.memory_gib, f"{free:.1f} GiB are free, {runtime.memory_gib:.1f} GiB are needed", remedy)
+
+
+def disk(runtime: Runtime) -> Check:
+    folder = runtime.cache_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = psutil.disk_usage(str(folder)).free / 2**30
+    return Check("disk", free >= DISK_GIB, f"{free:.1f} GiB are free in {folder}, {DISK_GIB} are needed", "Free some space or set DATADOSE_CACHE")
+
+
+def amx(plan: Plan) -> Check:
+    """Some virtual machines announce AMX and fault on its first instruction, which kills any bfloat16 work on the CPU."""
+    if plan.study.precision != "bfloat16":
+        return Check("bfloat16 on this CPU", True, "the study uses float32", "")
+    probe = "import torch; x = torch.ones(256, 576).bfloat16(); torch.nn.functional.linear(x, x)"
+    ended = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode
+    found = "works" if ended == 0 else f"a matrix product ends the process ({ended})"
+    return Check("bfloat16 on this CPU", ended == 0, found, "Set precision = 'float32' in the study")
+
+
+def ports() -> Check:
+    """Ray's processes talk over loopback."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+            return Check("loopback ports", True, "can be opened and reached", "")
+    except OSError as error:
+        return Check("loopback ports", False, f"cannot be used ({error})", "Allow connections on 127.0.0.1, which Ray needs")
+
+
+def versions() -> Iterator[Check]:
+    for package, oldest in NEEDED.items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield Check(package, False, "is not installed", "Run `make` again, it installs images/locks/laptop.txt")
+            continue
+        good = [int(part) for part in found.split(".")[:2]] >= [int(part) for part in f"{oldest}.0".split(".")[:2]]
+        yield Check(package, good, f"{found}, wanted {oldest} or newer", "Run `make` again, it installs images/locks/laptop.txt")
