@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline.artifacts import Store, done_keys, open_store
+from pipeline.artifacts import done_keys, open_store
 from pipeline.errors import StageError, UserError, nearest
 from pipeline.events import Events, Listener
 from pipeline.plan import STAGES, Plan, make_plan
@@ -190,5 +190,3 @@ class _Lines:
     @staticmethod
     def _say(event: dict[str, Any], text: str) -> None:
         print(f"{event['at']} {text}", flush=True)
-
-

@@ -156,7 +156,7 @@ class FolderStore:
 
     def replace(self, key: str, data: bytes | Path) -> None:
         temporary = self._temporary(key, data)
-        os.replace(temporary, self._at(key))
+        temporary.replace(self._at(key))
 
     def create(self, key: str, data: bytes) -> bool:
         temporary = self._temporary(key, data)
@@ -185,8 +185,7 @@ class FolderStore:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
-                f"store {self.uri}: cannot write {key} ({error.strerror}). What is committed stays; "
-                "free some space or mend the permission, then run again"
+                f"store {self.uri}: cannot write {key} ({error.strerror}). What is committed stays; free some space or mend the permission, then run again"
             ) from error
         return temporary
 
@@ -273,7 +272,7 @@ class S3Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
             temporary.write_bytes(self.read(key))
-            os.replace(temporary, target)
+            temporary.replace(target)
         return target
 
 
@@ -358,8 +357,7 @@ def read_object(store: Store, step: Step, name: str) -> bytes:
     data = store.read(artifact.key)
     if hashlib.sha256(data).hexdigest() != artifact.sha256:
         raise UserError(
-            f"{artifact.key} in {store.uri} is not what was committed (sha256 differs). "
-            f"Delete {step.manifest_key} there and run again to rebuild it"
+            f"{artifact.key} in {store.uri} is not what was committed (sha256 differs). Delete {step.manifest_key} there and run again to rebuild it"
         )
     return data
 

@@ -16,7 +16,9 @@ CHOICES = ("A", "B")
 SAMPLING_TOKENS = 5
 Outcome = Literal["win", "loss", "tie", "unparsed"]
 
-_CONTROL = re.compile(r"<\|[^<>\n]{0,64}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|^\s*(?:Post [AB]|Request)\s*:", re.IGNORECASE | re.MULTILINE)
+_CONTROL = re.compile(
+    r"<\|[^<>\n]{0,64}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|^\s*(?:Post [AB]|Request)\s*:", re.IGNORECASE | re.MULTILINE
+)
 MAX_CHARS = 6000
 """Of one text; what is longer is cut and says so. About 1,400 tokens, several times the longest post asked for."""
 

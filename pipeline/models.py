@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from importlib import metadata
@@ -60,7 +59,7 @@ def _from_package(model: ModelName, cache: Path) -> Path:
     work = Path(tempfile.mkdtemp(dir=target.parent))
     try:
         _convert(source, work)
-        os.rename(work, target)
+        work.rename(target)
     except OSError as error:
         if not (target / "config.json").is_file():  # otherwise another process was first
             raise UserError(f"model {model.name}: cannot be read from {source} or written to {target} ({error})") from error

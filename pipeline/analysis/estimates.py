@@ -16,7 +16,7 @@ class Estimate(NamedTuple):
     mean: float
     low: float | None
     high: float | None
-    count: int
+    n: int
 
 
 def cluster_mean(values: Sequence[float], clusters: Sequence[str], level: float = 0.95) -> Estimate:

@@ -25,8 +25,19 @@ def register() -> None:
     if PunicaWrapperCPU.add_lora_linear is _add_lora_linear:
         return
     PunicaWrapperCPU.add_lora_linear = _add_lora_linear
+    PunicaWrapperCPU.add_lora_logits = _only_where_trained(PunicaWrapperCPU.add_lora_logits)
     for change in ("activate_adapter", "deactivate_adapter", "remove_all_adapters"):
         setattr(LoRAModelManager, change, _forgetting(getattr(LoRAModelManager, change)))
+
+
+def _only_where_trained(add_lora_logits: Any) -> Any:
+    """vLLM adds a delta to the logits even where no adapter has one, and mistakes its shape under prompt_logprobs."""
+
+    def add(self: Any, y: Any, x: Any, lora_a_stacked: Any, *args: Any, **kwargs: Any) -> None:
+        if lora_a_stacked.any():
+            add_lora_logits(self, y, x, lora_a_stacked, *args, **kwargs)
+
+    return add
 
 
 def _forgetting(method: Any) -> Any:

@@ -7,6 +7,7 @@ the engine's batch stays full from the first question to the last. A step that f
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,22 +47,26 @@ class Answerer:
         self._prepare, self._name, self._board = prepare, name, board
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        keys = batch["key"].to_pylist()
-        await asyncio.gather(*(self._answer(self._plan.by_key[key]) for key in keys))
+        keys = [str(key) for key in batch["key"].to_pylist()]
+        await asyncio.gather(*(self._build(self._plan.by_key[key]) for key in keys))
         return batch
 
+    async def _build(self, step: Step) -> None:
+        try:
+            if step.key not in done_keys(self._store):  # another driver, or this step's earlier try
+                await self._answer(step)
+        except Exception as error:  # noqa: BLE001  # whatever it is fails this step alone, and is told
+            logging.getLogger(__name__).exception("%s failed", step.key)
+            await self._board.fail.remote(step.key, f"{type(error).__name__}: {error}")
+        else:
+            await self._board.finish.remote(step.key)
+
     async def _answer(self, step: Step) -> None:
-        if step.key in done_keys(self._store):  # another driver, or this step's earlier try
-            return
         work = self._prepare(self._plan, step, self._store, self._runtime)
         tasks = [asyncio.ensure_future(self._model.complete(request)) for request in work.requests]
         for task in tasks:
             task.add_done_callback(lambda _: self._board.add.remote(1))
-        try:
-            completions = await asyncio.gather(*tasks)
-        except ValueError as error:  # a question that this model cannot take; the engine is well
-            self._board.fail.remote(step.key, str(error))
-            return
+        completions = await asyncio.gather(*tasks)
         table = work.table(completions)
         prompt, completion = sum(len(item.prompt_ids) for item in completions), sum(item.completion_tokens for item in completions)
         facts: dict[str, Any] = {"rows": table.num_rows, "requests": len(completions), "prompt_tokens": prompt, "completion_tokens": completion}
@@ -77,8 +82,7 @@ def answer(context: Context, steps: Steps, model: str, prepare: Prepare, name: s
     ray.data.DataContext.get_current().enable_progress_bars = False
     total = sum(len(prepare(context.plan, step, context.store, runtime).requests) for step in steps)
     workers = min(runtime.answer_workers, len(steps))
-    failed: Failed = {}
-    with board(context.events, steps[0].stage, total, "answers") as counts:
+    with board(context, steps[0].stage, total, "answers") as counts:
         units = ray.data.from_items([{"key": step.key} for step in steps], override_num_blocks=len(steps))
         answered = units.map_batches(
             Answerer,
@@ -95,13 +99,13 @@ def answer(context: Context, steps: Steps, model: str, prepare: Prepare, name: s
             runtime_env=worker_environment(engine_environment(model, runtime), runtime, workers),
         )  # fmt: skip
         try:
-            for row in answered.iter_rows():
-                context.committed(context.plan.by_key[row["key"]])
+            for _ in answered.iter_batches(batch_size=None):
+                pass
         except Exception as error:
             cause = root_cause(error)
             if isinstance(cause, UserError):
                 raise cause from error
             built = done_keys(context.store)
             return {step.key: f"{type(cause).__name__}: {cause}" for step in steps if step.key not in built}
-        failed = dict(ray.get(counts.read.remote())[1])
-    return failed
+        failed: Failed = ray.get(counts.failures.remote())
+        return failed

@@ -60,7 +60,9 @@ def make_report(plan: Plan, store: Store) -> Report:
         "resolved_study": plan.study.model_dump(mode="json"),
         "provenance": dict(provenance()),
     }
-    curves = [{"cell": name, **{key: row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens")}} for name, rows in logs.items() for row in rows]
+    curves = [
+        {"cell": name, **{key: row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens")}} for name, rows in logs.items() for row in rows
+    ]
     every_verdict = [{"candidate": step.config["candidate"], **_flat(plan, row)} for step, rows in verdicts.values() for row in rows]
     return {
         "report.html": page(plan, results, curves, answers).encode(),
@@ -131,7 +133,9 @@ def _gates(plan: Plan, answers: Mapping[str, Any], heldout: Mapping[str, Any], w
     return found
 
 
-def _cell(plan: Plan, name: str, scored: list[dict[str, Any]], heldout: Mapping[str, Any], wins: Mapping[str, estimates.WinRate], logs: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(
+    plan: Plan, name: str, scored: list[dict[str, Any]], heldout: Mapping[str, Any], wins: Mapping[str, estimates.WinRate], logs: Mapping[str, Any]
+) -> dict[str, Any]:
     cell = next((cell for cell in plan.cells if cell.name == name), None)
     mine = [row for row in scored if row["cell"] == name]
     checks = list(plan.task.scores(mine[0], "x"))

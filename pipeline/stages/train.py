@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from pipeline.artifacts import Step, Store, commit, done_keys, open_store, read_table
@@ -35,17 +36,16 @@ def build(context: Context, steps: Steps) -> Failed:
     ensure_ray(runtime)
     workers = min(runtime.train_workers, len(steps))
     environment = worker_environment({} if runtime.gpus_per_worker else preload_environment(), runtime, workers)
+    resources = {"CPU": 1.0} | ({"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else {})
     total = sum(step.config["steps"] for step in steps)
-    with board(context.events, "train", total, "steps") as counts, tempfile.TemporaryDirectory() as scratch:
+    with board(context, "train", total, "steps") as counts, tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             _train_share,
             train_loop_config={
                 "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(),
                 "shares": shares([(step.key, int(step.config["steps"])) for step in steps], workers), "board": counts,
             },
-            scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker={"CPU": 1, **({"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else {})}
-            ),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources),
             # A run whose name and folder exist would be resumed silently; what is done is known from the store alone.
             run_config=RunConfig(
                 name=Path(scratch).name, storage_path=scratch, failure_config=FailureConfig(max_failures=RESTARTS), worker_runtime_env=environment
@@ -53,16 +53,13 @@ def build(context: Context, steps: Steps) -> Failed:
         )  # fmt: skip
         try:
             trainer.fit()
-            failed: Failed = dict(ray.get(counts.read.remote())[1])
+            failed: Failed = ray.get(counts.failures.remote())
         except Exception as error:
             cause = root_cause(error)
             if isinstance(cause, UserError):
                 raise cause from error
             failed = {step.key: f"{type(cause).__name__}: {cause}" for step in steps}
     built = done_keys(context.store)
-    for step in steps:
-        if step.key in built:
-            context.committed(step)
     return {key: reason for key, reason in failed.items() if key not in built}
 
 
@@ -100,13 +97,16 @@ def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: An
     heldout = heldout_rows(store, step)
     with tempfile.TemporaryDirectory() as scratch:
         made = trainer.run(rows, step.config["steps"], step.config["seed"], heldout, Path(scratch), lambda: board.add.remote(1))
-        files = {f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")}
-        tables = {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
+        objects: dict[str, bytes | Path | pa.Table] = {
+            f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")
+        }
+        objects |= {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
         facts = {
             "trainer": type(trainer).__name__, "rows": len(rows), "cut_rows": made.cut_rows,
             "tokens": sum(row["tokens"] for row in made.log), "seconds": sum(row["seconds"] for row in made.log),
         }  # fmt: skip
-        commit(store, step, files | tables, facts)
+        commit(store, step, objects, facts)
+        board.finish.remote(step.key)
 
 
 def heldout_rows(store: Store, step: Step) -> list[TrainingRow]:

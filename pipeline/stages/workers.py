@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
-from pipeline.events import Events
 from pipeline.runtime import Runtime
+from pipeline.stages import Context
 
 POLL_EVERY_S = 1.0
 
@@ -49,40 +49,50 @@ def worker_environment(engine: Mapping[str, str], runtime: Runtime, workers: int
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Counts of finished work, and the reasons of failed steps."""
+    """Counts of finished work, keys of committed steps, reasons of failed ones."""
 
     def __init__(self) -> None:
         self._done = 0
+        self._finished: list[str] = []
         self._failed: dict[str, str] = {}
 
     def add(self, count: int) -> None:
         self._done += count
 
+    def finish(self, step: str) -> None:
+        self._finished.append(step)
+
     def fail(self, step: str, reason: str) -> None:
         self._failed[step] = reason
 
-    def read(self) -> tuple[int, dict[str, str]]:
-        return self._done, self._failed
+    def read(self) -> tuple[int, list[str]]:
+        return self._done, self._finished
+
+    def failures(self) -> dict[str, str]:
+        return self._failed
 
 
 @contextlib.contextmanager
-def board(events: Events, stage: str, total: int, unit: str) -> Iterator[Any]:
-    """A board whose count is emitted as progress events while the block runs."""
-    actor = Board.remote()
+def board(context: Context, stage: str, total: int, unit: str) -> Iterator[Any]:
+    """A board whose news are emitted as events while the block runs."""
+    actor = Board.remote()  # type: ignore[attr-defined]  # ray.remote adds it
     stop = threading.Event()
 
     def poll() -> None:
-        last = -1
+        last, told = -1, 0
         while True:
             ended = stop.wait(POLL_EVERY_S)
-            count, _ = ray.get(actor.read.remote())
+            count, finished = ray.get(actor.read.remote())
+            for key in finished[told:]:
+                context.committed(context.plan.by_key[key])
+            told = len(finished)
             if count != last:
-                events.emit("progress", stage=stage, done=count, total=total, unit=unit)
+                context.events.emit("progress", stage=stage, done=count, total=total, unit=unit)
                 last = count
             if ended:
                 return
 
-    events.emit("progress", stage=stage, done=0, total=total, unit=unit)
+    context.events.emit("progress", stage=stage, done=0, total=total, unit=unit)
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
     try:

@@ -36,9 +36,7 @@ class Trained:
 
 
 class Trainer(Protocol):
-    def run(
-        self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]
-    ) -> Trained:
+    def run(self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]) -> Trained:
         """Train one cell from a fresh adapter; zero steps leave the adapter without effect."""
 
 

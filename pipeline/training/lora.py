@@ -63,13 +63,15 @@ class LoraLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         flat, hidden, a, b = ctx.saved_tensors
         grad = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         grad_wide = grad.to(b.dtype)
         grad_hidden = (grad_wide @ b).mul_(ctx.scale)
         grad_b = (grad_wide.T @ hidden).mul_(ctx.scale)
         grad_a = grad_hidden.T @ flat.to(a.dtype)
+        if not ctx.needs_input_grad[0]:  # the first layer's input is an embedding of a frozen table
+            return None, grad_a, grad_b, None, None
         grad_x = grad @ frozen_weight(ctx.weight, grad.dtype)
         if grad_x.dtype == a.dtype:
             grad_x.addmm_(grad_hidden, a)

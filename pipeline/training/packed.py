@@ -42,7 +42,7 @@ class Rendered(NamedTuple):
 def packed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> tuple[Tensor, None]:
     """Causal attention of each row with itself: query (1, heads, tokens, dim), `row_lengths` sums to tokens."""
     lengths = kwargs["row_lengths"]
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
     rows = [functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=True) for q, k, v in parts]
     return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
 
@@ -92,14 +92,14 @@ class PackedTrainer:
             device_map={"": self._device},
         )
         model.requires_grad_(False)
-        lora = LoraConfig(r=training.rank, lora_alpha=training.alpha, lora_dropout=0.0, bias="none", target_modules=list(training.targets), task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=training.rank, lora_alpha=training.alpha, lora_dropout=0.0, bias="none", target_modules=list(training.targets), task_type="CAUSAL_LM"
+        )
         self._model = get_peft_model(model, lora)
         fuse(self._model)
         self._model.eval()  # no dropout anywhere: training and evaluation are the same function
 
-    def run(
-        self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]
-    ) -> Trained:
+    def run(self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]) -> Trained:
         torch.manual_seed(seed)
         for module in self._model.modules():
             if isinstance(module, LoraLayer):
@@ -144,7 +144,8 @@ class PackedTrainer:
         if self._training.optimizer == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(weights, weight_decay=self._training.weight_decay)
+            optimizer: torch.optim.Optimizer = AdamW8bit(weights, weight_decay=self._training.weight_decay)
+            return optimizer
         return torch.optim.AdamW(weights, weight_decay=self._training.weight_decay)
 
     @torch.no_grad()
@@ -179,7 +180,8 @@ class PackedTrainer:
             targets, first = self._targets(row)
             # The state at a position predicts the token after it.
             states = hidden[start + first - 1 : start + first - 1 + len(targets)]
-            sums.append(SummedCrossEntropy.apply(states, decoder.lm_head.weight, torch.tensor(targets, device=self._device)))
+            wanted = torch.tensor(targets, device=self._device)
+            sums.append(SummedCrossEntropy.apply(states, decoder.lm_head.weight, wanted))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             start += length
         return torch.stack(sums)
 

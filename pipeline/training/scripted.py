@@ -12,9 +12,7 @@ from pipeline.training import Trained, TrainingRow
 
 
 class ScriptedTrainer:
-    def run(
-        self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]
-    ) -> Trained:
+    def run(self, rows: Sequence[TrainingRow], steps: int, seed: int, heldout: Sequence[TrainingRow], folder: Path, on_step: Callable[[], None]) -> Trained:
         seen = hashlib.sha256(json.dumps([[row.row_id for row in rows], steps, seed]).encode()).hexdigest()
         dice = random.Random(seen)
         log = []

@@ -185,10 +185,7 @@ def sentences_asked(length: str) -> str:
 ONLY_THE_POST = "Reply with the text of the post and nothing else: no title, no comment, no explanation."
 
 # What all rows share comes first, then what few rows differ in: an engine with a prefix cache reads it once.
-RICH_SYSTEM = (
-    "You write sales posts for social media and know how to win a moment of attention. "
-    f"Every post must {'; '.join(UNIVERSAL)}. {ONLY_THE_POST}"
-)
+RICH_SYSTEM = f"You write sales posts for social media and know how to win a moment of attention. Every post must {'; '.join(UNIVERSAL)}. {ONLY_THE_POST}"
 PLAIN_SYSTEM = "You write for social media."
 
 

@@ -1,0 +1,65 @@
+# Every target makes what it needs; `make` alone prints this list.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help grid plan doctor test test-fast check format locks env clean clean-env
+
+STUDY ?= laptop
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(shell command -v uv || echo .uv/bin/uv)
+UV_VERSION := 0.13.8
+LOCK := images/locks/laptop.txt
+COMPILE = $(UV) pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-index-url -q
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+grid: env ## run a study from synthesis to report: make grid STUDY=laptop
+	@$(BIN)/datadose run $(STUDY)
+
+plan: env ## what a study would run, and what it costs: make plan STUDY=laptop
+	@$(BIN)/datadose plan $(STUDY)
+
+doctor: env ## check this machine and say what to do about each finding
+	@$(BIN)/datadose doctor $(STUDY)
+
+test: env ## all tests (the real small model among them: minutes)
+	RAY_ADDRESS= $(BIN)/python -m pytest
+
+test-fast: env ## the tests of the pure core: under a minute
+	$(BIN)/python -m pytest -m fast
+
+check: env ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## mend what the linter can mend, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+locks: $(UV) ## resolve pyproject.toml into images/locks
+	$(COMPILE) --extra laptop --extra dev -o $(LOCK)
+
+env: .venv/.made ## make the environment in .venv (every target does)
+
+.venv/.made: $(LOCK) pyproject.toml | $(UV)
+	@echo "making .venv from $(LOCK) (about 7 GB, a minute or two)"
+	@[ -x $(BIN)/python ] || $(UV) venv -q --python $(PYTHON) .venv
+	@$(UV) pip sync -q --python .venv --require-hashes $(LOCK)
+	@$(UV) pip install -q --python .venv --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A system Python without ensurepip cannot make a venv with pip in it, but its own pip can fill a folder.
+.uv/bin/uv:
+	@echo "bringing uv $(UV_VERSION) along in .uv"
+	@$(PYTHON) -m pip install -q --disable-pip-version-check --target .uv uv==$(UV_VERSION) 2>/dev/null \
+	  || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION); } \
+	  || { echo "cannot install uv: $(PYTHON) has neither pip nor venv; install one of them, or uv itself" >&2; rm -rf .uv; exit 1; }
+
+clean: ## remove the runs of studies in ./runs
+	rm -rf runs
+
+clean-env: ## remove the environment
+	rm -rf .venv .uv

@@ -1,0 +1,1 @@
+"""Tests of the whole project; run them with `python -m pytest` from the repository's root."""

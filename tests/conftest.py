@@ -1,0 +1,124 @@
+"""Stores that tests write to: a folder, an S3 server in this process (moto) and a real one (versitygw)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from pipeline.artifacts import Store, open_store
+from tests.tools import MissingToolError, versitygw
+
+# The same examples on every machine, however slow it is; no folder of past failures in the tree.
+settings.register_profile("datadose", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.load_profile("datadose")
+
+REGION = "us-east-1"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on a loopback port with an empty folder behind it."""
+    try:
+        program = versitygw()
+    except MissingToolError as error:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+    folder = tmp_path_factory.mktemp("versitygw")
+    for part in ("buckets", "metadata"):
+        (folder / part).mkdir()
+    port = _free_port()
+    server = S3Server(f"http://127.0.0.1:{port}", secrets.token_hex(10).upper(), secrets.token_hex(20))
+    environment = os.environ | {"ROOT_ACCESS_KEY": server.access_key, "ROOT_SECRET_KEY": server.secret_key}
+    # Metadata beside the objects: not every file system that holds a temporary folder has extended attributes.
+    command = [program, "--quiet", "--port", f"127.0.0.1:{port}", "--region", REGION, "posix", "--sidecar", folder / "metadata", folder / "buckets"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _await_answer(process, port, folder / "log")
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await_answer(process: subprocess.Popen[bytes], port: int, log: Path, tries: int = 300) -> None:
+    for _ in range(tries):
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/")
+            connection.getresponse().read()
+            return
+        except (OSError, HTTPException):
+            try:
+                process.wait(0.1)  # the pause between two tries, which the server's end cuts short
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        finally:
+            connection.close()
+    pytest.fail(f"versitygw does not answer on port {port}:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+
+
+def _use_s3(monkeypatch: pytest.MonkeyPatch, access_key: str, secret_key: str, endpoint_url: str | None) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint_url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint_url)
+
+
+def _bucket() -> str:
+    import boto3
+
+    name = f"test-{secrets.token_hex(6)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+FOLDER = pytest.param("folder", marks=pytest.mark.fast)
+MOTO = pytest.param("moto", marks=pytest.mark.fast)
+VERSITYGW = pytest.param("versitygw")
+
+
+@pytest.fixture(params=[FOLDER, MOTO, VERSITYGW])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An empty store; a test that is not for all kinds parametrizes it indirectly."""
+    if request.param == "folder":
+        yield open_store(str(tmp_path / "store"))
+    elif request.param == "moto":
+        from moto import mock_aws
+
+        _use_s3(monkeypatch, "testing", "testing", None)
+        with mock_aws():
+            yield open_store(f"s3://{_bucket()}/runs")
+    else:
+        server: S3Server = request.getfixturevalue("s3_server")
+        _use_s3(monkeypatch, server.access_key, server.secret_key, server.endpoint_url)
+        yield open_store(f"s3://{_bucket()}/runs")

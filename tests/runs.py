@@ -1,0 +1,49 @@
+"""Runs of `datadose` as a user types it: in a process of its own, with a store of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = """
+name = "small"
+base = "scripted/writer"
+precision = "float32"
+[task]
+name = "posts"
+companies = ["penrook"]
+held_out = ["wrenfold-software"]
+[synthesis]
+teacher = "scripted/writer"
+rows = 24
+[evaluation]
+count = 3
+[subsets]
+sizes = [8]
+[training]
+steps = [2]
+epochs = []
+[judging]
+judges = ["scripted/longest"]
+"""
+
+
+def environment(store: Path | str, **extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DATADOSE_")}
+    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **extra}
+
+
+def datadose(*arguments: str | Path, store: Path | str, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(store, **extra), capture_output=True, text=True, check=False, timeout=900)
+
+
+def contents(store: Path) -> dict[str, tuple[str, int]]:
+    """Every file of a store: digest and time of the last change."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}

@@ -1,0 +1,119 @@
+"""Kill -9 of the driver and of the committing worker at every commit: the runs after it finish the same study."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from tests.runs import ROOT, SMALL, contents, datadose, environment
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, study):
+    store = tmp_path_factory.mktemp("undisturbed")
+    assert datadose("run", study, store=store).returncode == 0
+    return tables(store)
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory):
+    """A Ray cluster that outlives the killed drivers: they attach in a second instead of starting one each."""
+    folder = tmp_path_factory.mktemp("ray")
+    code = (
+        "import ray, sys; c = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False);"
+        "print(c.address_info['gcs_address'], flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "log").open("w"), text=True, env=environment(folder)
+    )
+    yield process.stdout.readline().strip()
+    process.communicate("")
+
+
+def tables(store: Path) -> dict[str, object]:
+    """Content of every committed table and adapter, by step; clocks left out."""
+    found: dict[str, object] = {}
+    for path in sorted((store / "manifests").rglob("*.json")):
+        manifest = json.loads(path.read_text())
+        for name, item in manifest["objects"].items():
+            data = store / item["key"]
+            if name.endswith(".parquet"):
+                table = pq.read_table(data)
+                found[f"{manifest['step']}/{name}"] = table.drop_columns([column for column in ("seconds",) if column in table.column_names]).to_pylist()
+            elif "adapter" in name:
+                found[f"{manifest['step']}/{name}"] = data.read_bytes()
+    return found
+
+
+def start(study: Path, store: Path, **extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.cli", "run", str(study)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(store, **extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_study_killed_at_every_commit_ends_as_an_undisturbed_one(tmp_path, study, undisturbed, ray_address, moment):
+    store = tmp_path / "store"
+    kills = 0
+    while True:
+        committed = {name: entry for name, entry in (contents(store) if store.exists() else {}).items() if name.startswith("manifests/")}
+        pid, once = tmp_path / f"pid{kills}", tmp_path / f"once{kills}"
+        # `before` would die at the same commit for ever, so every second run is let through one commit.
+        hook = {"PYTHONPATH": str(ROOT / "tests/crash"), "CRASH_AT": moment if kills % 2 == 0 else "after", "CRASH_DRIVER": str(pid), "CRASH_ONCE": str(once)}
+        process = start(study, store, RAY_ADDRESS=ray_address, **hook)
+        pid.write_text(str(process.pid))
+        _, err = process.communicate(timeout=300)
+        after = contents(store)
+        assert {name: after[name] for name in committed} == committed, "a committed step was built again"
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills += 1
+    assert kills >= 12
+    assert tables(store) == undisturbed
+
+
+def test_killed_worker_is_replaced_and_the_study_ends(tmp_path, study, undisturbed):
+    store = tmp_path / "store"
+    process = start(study, store)
+    killed = False
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            if not killed and child.is_running() and "MapWorker" in child.name():
+                os.kill(child.pid, signal.SIGKILL)
+                killed = True
+        time.sleep(0.05)  # polls another program's processes, which tell nobody when they start
+    out, err = process.communicate()
+    assert killed
+    if process.returncode != 0:  # the death came where Ray does not retry: the next run goes on
+        assert process.returncode in (1, 3), err
+        assert datadose("run", study, store=store).returncode == 0
+    assert tables(store) == undisturbed
+
+
+def test_killed_driver_leaves_no_process_behind(tmp_path, study):
+    process = start(study, tmp_path / "store")
+    family: dict[int, psutil.Process] = {}
+    while process.poll() is None and not any("MapWorker" in child.name() for child in family.values() if child.is_running()):
+        family |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(list(family.values()), timeout=60)
+    assert not alive

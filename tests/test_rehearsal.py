@@ -1,0 +1,181 @@
+"""The whole chain on scripted models, through the command line: build, rerun, change, fail, race."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.runs import ROOT, SMALL, contents, datadose, environment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    store = tmp_path_factory.mktemp("rehearsal")
+    run = datadose("run", "rehearsal", store=store)
+    assert run.returncode == 0, run.stderr
+    return store, run
+
+
+def report_files(store: Path, study: str = "rehearsal") -> dict[str, Path]:
+    (manifest,) = (store / "manifests/report").glob(f"{study}-*.json")
+    return {name: store / item["key"] for name, item in json.loads(manifest.read_text())["objects"].items()}
+
+
+def small(tmp_path: Path, *changes: tuple[str, str]) -> Path:
+    text = SMALL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "small.toml"
+    path.write_text(text)
+    return path
+
+
+def test_run_of_a_study_ends_with_table_and_report_path(finished):
+    store, run = finished
+    assert "n00032-s0003-seed3407" in run.stdout
+    assert "Simulated" in run.stdout
+    path = next(line for line in run.stdout.splitlines() if line.startswith("report: ")).removeprefix("report: ")
+    assert (ROOT / path).resolve() == report_files(store)["report.html"].resolve()
+
+
+def test_rows_in_are_rows_ok_plus_quarantined(finished):
+    results = json.loads(report_files(finished[0])["results.json"].read_text())
+    train = results["rows"]["train"]
+    assert train["asked"] == 160 == train["ok"] + train["quarantined"]
+    assert train["truncated"] + train["unparsed"] == train["quarantined"] > 0
+
+
+def test_tables_beside_the_report_hold_every_answer_and_verdict(finished):
+    files = report_files(finished[0])
+    assert pq.read_table(files["answers.parquet"]).num_rows == 6 * 6  # base, zero, four cells; six prompts
+    assert pq.read_table(files["verdicts.parquet"]).num_rows == 6 * 6 * 2  # broken, zero, four cells; both orders
+    assert pq.read_table(files["train_log.parquet"]).num_rows == 3 + 3 + 4 + 1
+
+
+def test_event_log_of_the_run_is_in_the_store(finished):
+    (log,) = (finished[0] / "events/rehearsal").glob("*.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["stage"] for event in events if event["kind"] == "stage_end"] == ["synthesize", "subset", "train", "generate", "judge", "report"]
+    assert sum(event["kind"] == "step_done" for event in events) == 24
+
+
+def test_rerun_of_a_finished_study_builds_nothing_and_touches_nothing(finished):
+    store, _ = finished
+    before = contents(store)
+    run = datadose("run", "rehearsal", store=store)
+    assert run.returncode == 0
+    assert "nothing to build" in run.stdout
+    assert contents(store) == before
+
+
+def test_status_and_plan_as_json_say_that_all_is_done(finished):
+    status = json.loads(datadose("status", "rehearsal", "--json", store=finished[0]).stdout)
+    assert status["missing"] == []
+    plan = json.loads(datadose("plan", "rehearsal", "--json", store=finished[0]).stdout)
+    assert all(cell["done"] for cell in plan["cells"])
+
+
+def test_report_is_copied_with_its_tables_where_out_says(finished, tmp_path):
+    run = datadose("report", "rehearsal", "--out", tmp_path / "copy", store=finished[0])
+    assert run.returncode == 0
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == set(report_files(finished[0]))
+
+
+def test_dry_run_lists_steps_and_builds_none(tmp_path):
+    run = datadose("run", "rehearsal", "--dry-run", store=tmp_path / "store")
+    assert run.returncode == 0
+    assert "24 of 24 steps would be built" in run.stdout
+    assert contents(tmp_path / "store") == {}
+
+
+def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path):
+    store = tmp_path / "store"
+    assert datadose("run", small(tmp_path), store=store).returncode == 0
+    before = contents(store)
+    changed = small(tmp_path, ("steps = [2]", "steps = [2, 3]"))
+    run = datadose("run", changed, store=store)
+    assert run.returncode == 0, run.stderr
+    after = contents(store)
+    assert {name: after[name] for name in before} == before
+    added = {name.split("/")[1] for name in after.keys() - before.keys() if name.startswith("manifests/")}
+    assert added == {"train", "generate", "judge", "report"}
+
+
+def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path):
+    store = tmp_path / "store"
+    run = datadose("run", small(tmp_path, ("scripted/longest", "scripted/first")), store=store)
+    assert run.returncode == 0, run.stderr
+    assert "The judge cannot be trusted" in run.stdout
+    results = json.loads(report_files(store, "small")["results.json"].read_text())
+    assert [gate["passed"] for gate in results["gates"] if gate["about"] == "judge"] == [True, False]
+    assert results["judges"][0]["first_position_share"] == 1.0
+    assert results["judges"][0]["flip_rate"] == 1.0
+
+
+def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path):
+    store = tmp_path / "store"
+    few = small(tmp_path, ('teacher = "scripted/writer"', 'teacher = "scripted/rough"'), ("sizes = [8]", "sizes = [24]"))
+    run = datadose("run", few, store=store)
+    assert run.returncode == 2
+    assert "good rows of 24" in run.stderr
+    assert "synthesis.rows" in run.stderr
+    assert any(name.startswith("manifests/synthesize/") for name in contents(store))
+
+
+def test_two_runs_at_once_on_one_store_give_one_result(tmp_path):
+    store, study = tmp_path / "store", small(tmp_path)
+    command = [sys.executable, "-m", "jobs.cli", "run", str(study)]
+    runs = [subprocess.Popen(command, cwd=ROOT, env=environment(store), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for run in runs:
+        _, err = run.communicate(timeout=600)
+        assert run.returncode == 0, err
+    manifests = [json.loads(path.read_text()) for path in (store / "manifests").rglob("*.json")]
+    assert len(manifests) == 12
+    committed = {item["key"] for manifest in manifests for item in manifest["objects"].values()}
+    assert committed == {name for name in contents(store) if name.startswith("objects/")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "laptpo"), "did you mean 'laptop'"),
+        (("run", "laptop", "--only", "trian"), "did you mean 'train'"),
+        (("plan", "/nowhere/study.toml"), "no study"),
+    ],
+)
+def test_bad_arguments_end_with_2_and_the_nearest_valid_name(tmp_path, arguments, said):
+    run = datadose(*arguments, store=tmp_path)
+    assert run.returncode == 2
+    assert said in run.stderr.replace("\n", " ")
+
+
+def test_unknown_setting_in_the_environment_names_the_nearest(tmp_path):
+    run = datadose("plan", "laptop", store=tmp_path, DATADOSE_STOER="x")
+    assert run.returncode == 2
+    assert "did you mean 'store'" in run.stderr
+
+
+def test_store_that_cannot_be_made_ends_with_2_and_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = datadose("run", "rehearsal", store=tmp_path / "file" / "store")
+    assert run.returncode == 2
+    assert "DATADOSE_STORE" in run.stderr
+
+
+def test_too_little_memory_ends_before_anything_is_built(tmp_path):
+    run = datadose("run", "laptop", store=tmp_path / "store", DATADOSE_MEMORY_GIB="100000")
+    assert run.returncode == 2
+    assert "GiB are needed" in run.stderr.replace("\n", " ")
+    assert contents(tmp_path / "store") == {}
+
+
+def test_doctor_passes_on_a_machine_that_can_run_the_tests(tmp_path):
+    run = datadose("doctor", "rehearsal", store=tmp_path)
+    assert run.returncode == 0, run.stdout
+    assert "conditional writes: honoured" in run.stdout
