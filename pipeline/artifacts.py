@@ -10,6 +10,7 @@ Layout: `manifests/<stage>/<step>.json` (one listing tells what is done), `objec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -117,7 +118,7 @@ class Store(Protocol):
         """Write whether or not the key exists; readers see the old bytes or the new."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write only if the key does not exist; False if it does. Of any number of concurrent calls one returns True."""
+        """Write only if the key does not exist; False if it does. Of concurrent calls with different bytes one returns True."""
 
     def list(self, prefix: str) -> Iterator[str]: ...
 
@@ -144,7 +145,7 @@ class FolderStore:
 
     def _at(self, key: str) -> Path:
         path = self.root / key
-        if ".." in Path(key).parts or path == self.root:
+        if Path(key).is_absolute() or ".." in Path(key).parts or path == self.root:
             raise ValueError(f"key {key!r} leaves the store")
         return path
 
@@ -183,15 +184,15 @@ class FolderStore:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
             raise UserError(
                 f"store {self.uri}: cannot write {key} ({error.strerror}). What is committed stays; free some space or mend the permission, then run again"
             ) from error
         return temporary
 
     def list(self, prefix: str) -> Iterator[str]:
-        folder = self.root / prefix
-        base = folder if folder.is_dir() else folder.parent
+        base = self.root / prefix if prefix.endswith("/") else (self.root / prefix).parent if prefix else self.root
         for path in sorted(base.rglob("*")):
             key = path.relative_to(self.root).as_posix()
             if key.startswith(prefix) and not path.name.startswith(".") and path.is_file():
@@ -208,8 +209,9 @@ class S3Store:
     """s3://bucket/prefix. Endpoint, region and keys come from where boto3 takes them; boto3 retries."""
 
     def __init__(self, uri: str, client: S3Client | None = None) -> None:
-        self.uri = uri.rstrip("/")
-        self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
+        address = uri.removeprefix("s3://").rstrip("/")
+        self.uri = f"s3://{address}"
+        self.bucket, _, prefix = address.partition("/")
         if not self.bucket:
             raise UserError(f"store {uri!r}: wanted s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
@@ -354,11 +356,13 @@ def read_object(store: Store, step: Step, name: str) -> bytes:
     if manifest is None:
         raise NotFoundError(f"{step.key} is not built")
     artifact = manifest.objects[name]
-    data = store.read(artifact.key)
+    remedy = f"Delete {step.manifest_key} there and run again to rebuild it"
+    try:
+        data = store.read(artifact.key)
+    except NotFoundError:
+        raise UserError(f"{artifact.key} was committed and is gone from {store.uri}. {remedy}") from None
     if hashlib.sha256(data).hexdigest() != artifact.sha256:
-        raise UserError(
-            f"{artifact.key} in {store.uri} is not what was committed (sha256 differs). Delete {step.manifest_key} there and run again to rebuild it"
-        )
+        raise UserError(f"{artifact.key} in {store.uri} is not what was committed (sha256 differs). {remedy}")
     return data
 
 

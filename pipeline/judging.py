@@ -16,19 +16,20 @@ CHOICES = ("A", "B")
 SAMPLING_TOKENS = 5
 Outcome = Literal["win", "loss", "tie", "unparsed"]
 
-_CONTROL = re.compile(
-    r"<\|[^<>\n]{0,64}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|^\s*(?:Post [AB]|Request)\s*:", re.IGNORECASE | re.MULTILINE
-)
+_CONTROL = re.compile(r"<\|[^<>\n]{0,64}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>", re.IGNORECASE)
+_HEADING = re.compile(r"^[^\S\n]*(?:Post[^\S\n]+[AB]|Request)[\s:]*:", re.IGNORECASE | re.MULTILINE)
 MAX_CHARS = 6000
 """Of one text; what is longer is cut and says so. About 1,400 tokens, several times the longest post asked for."""
 
 
 def neutralised(text: str) -> str:
     """The text with control tokens (also in look-alike characters) broken up, and cut at MAX_CHARS."""
-    folded = unicodedata.normalize("NFKC", text)
-    text = folded if _CONTROL.search(folded) else text
-    text = _CONTROL.sub(lambda match: re.sub(r"[<>|\[\]:]", " ", match[0]), text)
-    return text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " [cut]"
+    text, cut = text[:MAX_CHARS], len(text) > MAX_CHARS
+    folded = "\n".join(unicodedata.normalize("NFKC", text).splitlines())
+    if _CONTROL.search(folded) or _HEADING.search(folded):
+        text = _CONTROL.sub(lambda match: re.sub(r"[<>|\[\]]", " ", match[0]), folded)
+    text = _HEADING.sub(lambda match: match[0].replace(":", " "), text)
+    return text[:MAX_CHARS] + " [cut]" if cut or len(text) > MAX_CHARS else text
 
 
 def question(task: Task, request: str, baseline: str, candidate: str, order: int) -> Conversation:

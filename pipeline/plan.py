@@ -115,7 +115,7 @@ def make_plan(study: Study) -> Plan:
     shards: dict[str, tuple[Example, ...]] = {}
     steps: list[Step] = []
     for split, rows in (("train", train_rows), ("evaluation", evaluation_rows)):
-        for step, shard in _synthesize_steps(study, task, split, rows):
+        for step, shard in _synthesize_steps(study, task, params, split, rows):
             shards[step.key] = shard
             steps.append(step)
     train_shards = tuple(step for step in steps if step.name.startswith("train"))
@@ -141,13 +141,13 @@ def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed:
     return sorted(rows, key=lambda row: row.row_id)
 
 
-def _synthesize_steps(study: Study, task: Task, split: str, rows: list[Example]) -> list[tuple[Step, tuple[Example, ...]]]:
+def _synthesize_steps(study: Study, task: Task, params: Any, split: str, rows: list[Example]) -> list[tuple[Step, tuple[Example, ...]]]:
     chunks = [tuple(rows[start : start + SHARD_ROWS]) for start in range(0, len(rows), SHARD_ROWS)]
     made = []
     for index, chunk in enumerate(chunks):
         config = {
             "version": VERSIONS["synthesize"],
-            "task": [task.version, study.task],
+            "task": [task.version, params],
             "teacher": study.synthesis.teacher,
             "sampling": study.synthesis.sampling,
             "precision": study.precision,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -97,8 +98,12 @@ def models(plan: Plan) -> Iterator[Check]:
                 yield Check("model", good, f"{name} {'is there' if good else f'is no GGUF file: {path}'}", "Reinstall the package: make clean-env, make")
             except (UserError, OSError) as error:
                 yield Check("model", False, f"{name} cannot be read ({error})", "Reinstall the package: make clean-env, make")
+        elif Path(model.name).is_absolute():
+            good = (Path(model.name) / "config.json").is_file()
+            found = "is there" if good else "has no config.json"
+            yield Check("model", good, f"{name} {found}", "Name a folder as save_pretrained writes it")
         else:
-            yield Check("model", True, f"{name} comes from the hub or a folder when it is first needed", "")
+            yield Check("model", True, f"{name} comes from the hub when it is first needed", "")
 
 
 def memory(runtime: Runtime) -> Check:

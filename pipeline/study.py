@@ -20,7 +20,7 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelName(Model):
@@ -132,7 +132,14 @@ class Training(Model):
 
 class Judging(Model):
     judges: tuple[str, ...] = Field(min_length=1)
-    protocols: tuple[Literal["blind"], ...] = ("blind",)
+    protocols: tuple[Literal["blind"], ...] = Field(("blind",), min_length=1)
+
+    @field_validator("judges", "protocols")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"must be distinct, got {list(names)}")
+        return names
 
 
 class Study(Model):

@@ -1,11 +1,13 @@
-"""Stores that tests write to: a folder, an S3 server in this process (moto) and a real one (versitygw)."""
+"""What tests share: stores (a folder, S3 in this process, a real S3 server), a Ray cluster, a browser."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline.artifacts import Store, open_store
+from tests.runs import environment
 from tests.tools import MissingToolError, versitygw
 
 # The same examples on every machine, however slow it is; no folder of past failures in the tree.
@@ -122,3 +125,28 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         server: S3Server = request.getfixturevalue("s3_server")
         _use_s3(monkeypatch, server.access_key, server.secret_key, server.endpoint_url)
         yield open_store(f"s3://{_bucket()}/runs")
+
+
+@pytest.fixture(scope="session")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each."""
+    folder = tmp_path_factory.mktemp("ray")
+    code = (
+        "import ray, sys; context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False);"
+        "print(context.address_info['gcs_address'], flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder))
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate("")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser for the report."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no chromium on the PATH: install it to look at the report as a user would")
+    return str(found)

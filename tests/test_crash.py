@@ -25,25 +25,10 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, study):
+def undisturbed(tmp_path_factory, study, ray_address):
     store = tmp_path_factory.mktemp("undisturbed")
-    assert datadose("run", study, store=store).returncode == 0
+    assert datadose("run", study, store=store, RAY_ADDRESS=ray_address).returncode == 0
     return tables(store)
-
-
-@pytest.fixture(scope="module")
-def ray_address(tmp_path_factory):
-    """A Ray cluster that outlives the killed drivers: they attach in a second instead of starting one each."""
-    folder = tmp_path_factory.mktemp("ray")
-    code = (
-        "import ray, sys; c = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False);"
-        "print(c.address_info['gcs_address'], flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "log").open("w"), text=True, env=environment(folder)
-    )
-    yield process.stdout.readline().strip()
-    process.communicate("")
 
 
 def tables(store: Path) -> dict[str, object]:
@@ -99,7 +84,7 @@ def test_killed_worker_is_replaced_and_the_study_ends(tmp_path, study, undisturb
                 os.kill(child.pid, signal.SIGKILL)
                 killed = True
         time.sleep(0.05)  # polls another program's processes, which tell nobody when they start
-    out, err = process.communicate()
+    _, err = process.communicate()
     assert killed
     if process.returncode != 0:  # the death came where Ray does not retry: the next run goes on
         assert process.returncode in (1, 3), err

@@ -135,8 +135,8 @@ def test_cell_of_a_step_is_its_cell_and_none_for_base_and_zero(laptop: Plan):
 
 
 def test_rows_are_as_many_as_asked_for_and_distinct(laptop: Plan):
-    assert (len(laptop.train_rows), len(laptop.evaluation_rows)) == (208, 12)
-    assert len({row.row_id for row in (*laptop.train_rows, *laptop.evaluation_rows)}) == 220
+    assert (len(laptop.train_rows), len(laptop.evaluation_rows)) == (176, 12)
+    assert len({row.row_id for row in (*laptop.train_rows, *laptop.evaluation_rows)}) == 188
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_without_a_number_of_rows_the_teacher_is_asked_for_all():
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ({"subsets__sizes": [8, 300]}, r"subsets\.sizes: 300 .* 208"),
+        ({"subsets__sizes": [8, 300]}, r"subsets\.sizes: 300 .* 176"),
         ({"synthesis__rows": 100_000}, r"synthesis\.rows: 100000 rows .* there are 14080"),
         ({"evaluation__count": 100_000}, r"evaluation\.count: 100000"),
         ({"evaluation__count": None, "evaluation__per_value": 5000}, "per_value = 5000"),
@@ -316,7 +316,7 @@ def test_description_holds_what_the_command_promises(laptop: Plan):
     done = {laptop.by_name["train", "n00008-s0001-seed3407"].key, laptop.by_name["subset", "n00008"].key}
     told = json.loads(json.dumps(describe(laptop, done), allow_nan=False))
     assert {"study", "prompts", "evaluation_prompts", "cells", "cost"} <= set(told)
-    assert (told["study"], told["prompts"], told["evaluation_prompts"]) == ("laptop", 208, 12)
+    assert (told["study"], told["prompts"], told["evaluation_prompts"]) == ("laptop", 176, 12)
     assert len(told["cells"]) == 15
     for cell in told["cells"]:
         assert set(cell) == {"name", "rows", "steps", "epochs", "done"}
@@ -345,11 +345,11 @@ def test_keys_of_another_study_in_the_store_count_for_nothing(laptop: Plan):
 def test_cost_counts_rows_steps_and_requests(laptop: Plan):
     cost = describe(laptop, set())["cost"]
     steps = 5 * (4 + 12) + 20 + 10 + 5 + 2 + 1
-    assert cost["rows"] == 220
+    assert cost["rows"] == 188
     assert cost["steps"] == steps
     assert cost["training_rows"] == steps * 8
     # base, zero and 15 cells answer 12 prompts; zero, broken and 15 cells are judged on them in both orders
-    assert cost["requests"] == {"synthesize": 220, "generate": 17 * 12, "judge": 17 * 12 * 2}
+    assert cost["requests"] == {"synthesize": 188, "generate": 17 * 12, "judge": 17 * 12 * 2}
     assert set(cost["tokens_estimated"]) == {"synthesize", "train", "generate", "judge"}
     assert all(isinstance(tokens, int) and tokens > 0 for tokens in cost["tokens_estimated"].values())
 

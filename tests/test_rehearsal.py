@@ -94,12 +94,12 @@ def test_dry_run_lists_steps_and_builds_none(tmp_path):
     assert contents(tmp_path / "store") == {}
 
 
-def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path):
+def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, ray_address):
     store = tmp_path / "store"
-    assert datadose("run", small(tmp_path), store=store).returncode == 0
+    assert datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address).returncode == 0
     before = contents(store)
     changed = small(tmp_path, ("steps = [2]", "steps = [2, 3]"))
-    run = datadose("run", changed, store=store)
+    run = datadose("run", changed, store=store, RAY_ADDRESS=ray_address)
     assert run.returncode == 0, run.stderr
     after = contents(store)
     assert {name: after[name] for name in before} == before
@@ -107,9 +107,9 @@ def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path):
     assert added == {"train", "generate", "judge", "report"}
 
 
-def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path):
+def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray_address):
     store = tmp_path / "store"
-    run = datadose("run", small(tmp_path, ("scripted/longest", "scripted/first")), store=store)
+    run = datadose("run", small(tmp_path, ("scripted/longest", "scripted/first")), store=store, RAY_ADDRESS=ray_address)
     assert run.returncode == 0, run.stderr
     assert "The judge cannot be trusted" in run.stdout
     results = json.loads(report_files(store, "small")["results.json"].read_text())
@@ -118,20 +118,23 @@ def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path):
     assert results["judges"][0]["flip_rate"] == 1.0
 
 
-def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path):
+def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path, ray_address):
     store = tmp_path / "store"
     few = small(tmp_path, ('teacher = "scripted/writer"', 'teacher = "scripted/rough"'), ("sizes = [8]", "sizes = [24]"))
-    run = datadose("run", few, store=store)
+    run = datadose("run", few, store=store, RAY_ADDRESS=ray_address)
     assert run.returncode == 2
     assert "good rows of 24" in run.stderr
     assert "synthesis.rows" in run.stderr
     assert any(name.startswith("manifests/synthesize/") for name in contents(store))
 
 
-def test_two_runs_at_once_on_one_store_give_one_result(tmp_path):
+def test_two_runs_at_once_on_one_store_give_one_result(tmp_path, ray_address):
     store, study = tmp_path / "store", small(tmp_path)
     command = [sys.executable, "-m", "jobs.cli", "run", str(study)]
-    runs = [subprocess.Popen(command, cwd=ROOT, env=environment(store), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(store, RAY_ADDRESS=ray_address), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     for run in runs:
         _, err = run.communicate(timeout=600)
         assert run.returncode == 0, err

@@ -55,7 +55,7 @@ class Answerer:
         try:
             if step.key not in done_keys(self._store):  # another driver, or this step's earlier try
                 await self._answer(step)
-        except Exception as error:  # noqa: BLE001  # whatever it is fails this step alone, and is told
+        except Exception as error:  # whatever it is fails this step alone, and is told
             logging.getLogger(__name__).exception("%s failed", step.key)
             await self._board.fail.remote(step.key, f"{type(error).__name__}: {error}")
         else:

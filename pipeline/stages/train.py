@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,9 @@ def _train_share(config: dict[str, Any]) -> None:
     for key in mine:
         try:
             train_cell(plan, plan.by_key[key], store, trainer, config["board"])
-        except (ArithmeticError, ValueError, RuntimeError, UserError) as error:
-            config["board"].fail.remote(key, f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever it is fails this cell alone, and is told
+            logging.getLogger(__name__).exception("%s failed", key)
+            ray.get(config["board"].fail.remote(key, f"{type(error).__name__}: {error}"))
 
 
 def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: Any) -> None:

@@ -1,5 +1,8 @@
 """One cell at a time over a frozen base, nothing padded: rows lie end to end, attention stays inside each row.
 
+What all rows of a micro-batch begin with (the template's head and the task's instruction) is computed once and attended
+to by each: the same sums, a sixth fewer tokens on the laptop study.
+
 Per optimizer step the loss is the mean over all loss tokens of the global batch, however the batch is split into
 micro-batches. Logits are made only where there is loss, in chunks, and their gradient in the same pass.
 """
@@ -40,11 +43,22 @@ class Rendered(NamedTuple):
 
 
 def packed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> tuple[Tensor, None]:
-    """Causal attention of each row with itself: query (1, heads, tokens, dim), `row_lengths` sums to tokens."""
-    lengths = kwargs["row_lengths"]
-    parts = zip(*(torch.split(whole, lengths, 2) for whole in (query, key, value)), strict=True)
-    rows = [functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=True) for q, k, v in parts]
-    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+    """Causal attention of each row with the shared beginning and itself: query (1, heads, tokens, dim).
+
+    `row_lengths` sums to tokens; the first is the shared beginning's and may be 0.
+    """
+    settings: dict[str, Any] = {"scale": kwargs.get("scaling"), "enable_gqa": True}
+    (first, *queries), (first_key, *keys), (first_value, *values) = (torch.split(whole, kwargs["row_lengths"], 2) for whole in (query, key, value))
+    shared = first.shape[2]
+    done = [functional.scaled_dot_product_attention(first, first_key, first_value, is_causal=True, **settings)] if shared else []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        if not shared:
+            done.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
+            continue
+        mask = torch.ones(q.shape[2], shared + q.shape[2], dtype=torch.bool, device=q.device).tril(shared)
+        k, v = torch.cat([first_key, k], 2), torch.cat([first_value, v], 2)
+        done.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings))
+    return torch.cat(done, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -166,24 +180,33 @@ class PackedTrainer:
     def _nll(self, rows: Sequence[Rendered]) -> Tensor:
         """Summed negative log-likelihood (nats) of each row's loss tokens: (rows,)."""
         lengths = [min(row.length, self._training.max_tokens) for row in rows]
-        ids = [token for row, length in zip(rows, lengths, strict=True) for token in (row.prompt + row.answer)[:length]]
-        positions = [position for length in lengths for position in range(length)]
+        # Where the prompt carries loss, its tokens count once for each row and nothing can be shared.
+        shared = common_prefix([row.prompt for row in rows]) if self._training.loss_on == "completion" and len(rows) > 1 else 0
+        ids = rows[0].prompt[:shared] + [token for row, length in zip(rows, lengths, strict=True) for token in (row.prompt + row.answer)[shared:length]]
+        positions = [*range(shared), *(position for length in lengths for position in range(shared, length))]
         decoder = self._model.get_base_model()
         hidden = decoder.model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            row_lengths=lengths,
+            row_lengths=[shared, *(length - shared for length in lengths)],
         ).last_hidden_state[0]
-        sums, start = [], 0
+        sums, start = [], shared
         for row, length in zip(rows, lengths, strict=True):
             targets, first = self._targets(row)
             # The state at a position predicts the token after it.
-            states = hidden[start + first - 1 : start + first - 1 + len(targets)]
+            before = start + first - 1 - shared
+            states = hidden[before : before + len(targets)]
             wanted = torch.tensor(targets, device=self._device)
             sums.append(SummedCrossEntropy.apply(states, decoder.lm_head.weight, wanted))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            start += length
+            start += length - shared
         return torch.stack(sums)
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each prompt is left to itself."""
+    most = min(len(prompt) for prompt in prompts) - 1
+    return next((index for index in range(most) if len({prompt[index] for prompt in prompts}) > 1), most)
 
 
 def micro_batches(rows: Sequence[Rendered], budget: int) -> Iterator[list[Rendered]]:

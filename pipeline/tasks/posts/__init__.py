@@ -14,7 +14,7 @@ from itertools import product as cross
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.errors import UserError, nearest
 from pipeline.study import parse as parse_model
@@ -110,6 +110,13 @@ class Company(BaseModel):
     simple_description: str
     products: tuple[str, ...] = Field(min_length=1)
 
+    @field_validator("products")
+    @classmethod
+    def _distinct(cls, products: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(products)) < len(products):
+            raise ValueError("products must be distinct")
+        return products
+
     @property
     def profile(self) -> str:
         return f"{self.description} It offers: {self.offering} It sells to: {self.audience}"
@@ -127,6 +134,13 @@ class Params(BaseModel):
     """Who evaluation prompts are for; empty: the same companies as in training."""
     trim: bool = False
     """Keep of the teacher's post as many whole sentences as were asked for: small teachers do not stop by themselves."""
+
+    @field_validator("companies", "held_out")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names and len(set(names)) < len(names):
+            raise ValueError("companies must be distinct")
+        return names
 
 
 def train(params: Params) -> Iterator[Example]:
@@ -160,7 +174,7 @@ def company_names() -> list[str]:
 def company_named(slug: str) -> Company:
     """Raises UserError where the company is not there, not UTF-8 or not as the schema wants it."""
     path = COMPANIES / f"{slug}.toml"
-    if not path.is_file():
+    if slug not in company_names():
         raise UserError(f"company {slug!r} does not exist; {nearest(slug, company_names())}")
     return read_company(path)
 
@@ -202,10 +216,9 @@ def rich(fields: Mapping[str, str]) -> Conversation:
 
 def plain(fields: Mapping[str, str]) -> Conversation:
     user = (
-        "Write a sales post for my company's product.\n"
+        "Write a sales post for my company's product. Reply with the post only.\n"
         f"Company: {fields['company']}. {fields['simple']}\nProduct: {fields['product']}\n"
-        f"Length: {sentences_asked(fields['length'])}\nType: {fields['type']}\nTone: {fields['tone']}\n"
-        "Reply with the post only."
+        f"Length: {sentences_asked(fields['length'])}\nType: {fields['type']}\nTone: {fields['tone']}"
     )
     return [{"role": "system", "content": PLAIN_SYSTEM}, {"role": "user", "content": user}]
 
