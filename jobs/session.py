@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.artifacts import done_keys, open_store
-from pipeline.errors import StageError, UserError, nearest
+from pipeline.errors import StageError, UserError, WriteError, nearest
 from pipeline.events import Events, Listener
 from pipeline.plan import STAGES, Plan, make_plan
 from pipeline.runtime import Runtime
@@ -53,6 +53,9 @@ def exit_codes() -> Iterator[None]:
     except StageError as error:
         errors.print(f"[red]{_plain(error)}[/red]")
         sys.exit(PARTLY_BUILT if error.built else FAILED)
+    except WriteError as error:
+        errors.print(f"[red]{_plain(error)}[/red]")
+        sys.exit(PARTLY_BUILT)
     except UserError as error:
         errors.print(f"[red]{_plain(error)}[/red]")
         sys.exit(USAGE)

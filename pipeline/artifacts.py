@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WriteError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -186,7 +186,7 @@ class FolderStore:
         except OSError as error:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 temporary.unlink(missing_ok=True)
-            raise UserError(
+            raise WriteError(
                 f"store {self.uri}: cannot write {key} ({error.strerror}). What is committed stays; free some space or mend the permission, then run again"
             ) from error
         return temporary

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something that the user can mend: a study, a setting, a file, a full disk."""
 
 
+class WriteError(UserError):
+    """The store took nothing more: what is committed stays, and a rerun goes on once it can be written again."""
+
+
 class StageError(Exception):
     """Some steps of a stage failed; the others are committed and a rerun builds only what is missing."""
 

@@ -134,7 +134,7 @@ def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed:
     """Rows by id: the order of the task's nested loops plays no part in what follows."""
     if size is not None:
         try:
-            chosen, _ = sampling.draw([row.fields for row in rows], strata, size, seed)
+            chosen = sampling.balanced([row.fields for row in rows], strata, size, seed)
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
         rows = [rows[index] for index in chosen]

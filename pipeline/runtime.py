@@ -21,9 +21,9 @@ class Runtime(BaseModel):
     """Engines that write rows, answers and verdicts in parallel."""
     train_workers: PositiveInt = 1
     """Workers that train cells in parallel."""
-    requests_in_flight: PositiveInt = 128
+    requests_in_flight: PositiveInt = 256
     """Requests that one engine works on at once."""
-    kv_cache_gib: PositiveFloat = 1.5
+    kv_cache_gib: PositiveFloat = 3.0
     """Memory for keys and values of an engine on a CPU."""
     memory_gib: PositiveFloat = 6.0
     """What a study needs at its peak; checked before the start."""

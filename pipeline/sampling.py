@@ -19,11 +19,10 @@ def draw(rows: Rows, strata: Sequence[str], size: int, seed: int) -> tuple[list[
     every stratum and at least one row of each stratum both inside and outside the draw. Where it cannot be, the
     margins of each column are balanced instead.
     """
-    if size > len(rows):
-        raise UserError(f"{size} rows were asked for and there are {len(rows)}; lower the size or make more rows")
+    _check(rows, size)
     if size == len(rows):
         return list(range(size)), "all"
-    labels = ["|".join(row[column] for column in strata) for row in rows]
+    labels = [crossed(row, strata) for row in rows]
     counts = Counter(labels)
     if min(counts.values()) >= 2 and min(size, len(rows) - size) >= len(counts):
         from sklearn.model_selection import train_test_split
@@ -31,6 +30,24 @@ def draw(rows: Rows, strata: Sequence[str], size: int, seed: int) -> tuple[list[
         chosen, _ = train_test_split(range(len(rows)), train_size=size, stratify=labels, random_state=seed)
         return sorted(chosen), "stratified"
     return sorted(_balance_margins(rows, strata, size, seed)), "margins"
+
+
+def balanced(rows: Rows, strata: Sequence[str], size: int, seed: int) -> list[int]:
+    """Indices (sorted) of `size` rows that balance each column and the crossed strata, as far as one size can do both.
+
+    What a plan draws its prompts with: unlike `draw` it takes milliseconds to import.
+    """
+    _check(rows, size)
+    return sorted(_balance_margins([{**row, "crossed": crossed(row, strata)} for row in rows], [*strata, "crossed"], size, seed))
+
+
+def crossed(row: Mapping[str, str], strata: Sequence[str]) -> str:
+    return "|".join(row[column] for column in strata)
+
+
+def _check(rows: Rows, size: int) -> None:
+    if size > len(rows):
+        raise UserError(f"{size} rows were asked for and there are {len(rows)}; lower the size or make more rows")
 
 
 def _balance_margins(rows: Rows, strata: Sequence[str], size: int, seed: int) -> list[int]:

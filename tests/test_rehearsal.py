@@ -182,3 +182,37 @@ def test_doctor_passes_on_a_machine_that_can_run_the_tests(tmp_path):
     run = datadose("doctor", "rehearsal", store=tmp_path)
     assert run.returncode == 0, run.stdout
     assert "conditional writes: honoured" in run.stdout
+
+
+@pytest.mark.parametrize("store", ["versitygw"], indirect=True)
+def test_study_on_a_real_s3_server_builds_once_and_is_reported_from_there(tmp_path, store):
+    study = small(tmp_path)
+    first = datadose("run", study, store=store.uri)
+    assert first.returncode == 0, first.stderr
+    before = sorted(store.list(""))
+    again = datadose("run", study, store=store.uri)
+    assert "nothing to build" in again.stdout
+    assert sorted(store.list("")) == before
+    report = datadose("report", study, "--out", tmp_path / "out", store=store.uri, DATADOSE_CACHE=str(tmp_path / "cache"))
+    assert report.returncode == 0, report.stderr
+    assert json.loads((tmp_path / "out/results.json").read_text())["study"] == "small"
+
+
+def test_full_disk_is_named_and_what_was_committed_goes_on_once_there_is_space(tmp_path, ray_address):
+    store = tmp_path / "store"
+    store.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", store], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        full = datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address)
+        assert full.returncode == 3
+        assert "No space left on device" in full.stderr.replace("\n", " ")
+        before = {name: entry for name, entry in contents(store).items() if name.startswith("manifests/")}
+        assert before
+        subprocess.run(["mount", "-o", "remount,size=32m", store], check=True)
+        rest = datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address)
+        assert rest.returncode == 0, rest.stderr
+        after = contents(store)
+        assert {name: after[name] for name in before} == before
+    finally:
+        subprocess.run(["umount", store], check=True)

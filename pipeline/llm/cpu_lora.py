@@ -3,7 +3,7 @@
 vLLM 0.32 gathers the A and B matrices of every token before it multiplies, which costs about five times the base
 model's own work, and indexes the last adapter's slot for tokens that have none (index -1), so that a base request in
 a batch with a full set of adapters gets an adapter's answer. Here all slots are multiplied at once and the columns of
-other adapters are masked: for tokens X, slots l, `Y += (mask * (X A^T) * scale) B^T`.
+other adapters are masked: for tokens X, slots l, `Y += scale * (mask * (X A^T)) B^T`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def register() -> None:
     if PunicaWrapperCPU.add_lora_linear is _add_lora_linear:
         return
     PunicaWrapperCPU.add_lora_linear = _add_lora_linear
+    PunicaWrapperCPU.update_metadata = _forgetting_mask(PunicaWrapperCPU.update_metadata)
     PunicaWrapperCPU.add_lora_logits = _only_where_trained(PunicaWrapperCPU.add_lora_logits)
     for change in ("activate_adapter", "deactivate_adapter", "remove_all_adapters"):
         setattr(LoRAModelManager, change, _forgetting(getattr(LoRAModelManager, change)))
@@ -38,6 +39,14 @@ def _only_where_trained(add_lora_logits: Any) -> Any:
             add_lora_logits(self, y, x, lora_a_stacked, *args, **kwargs)
 
     return add
+
+
+def _forgetting_mask(update_metadata: Any) -> Any:
+    def update(self: Any, *args: Any, **kwargs: Any) -> None:
+        update_metadata(self, *args, **kwargs)
+        self.mask = None
+
+    return update
 
 
 def _forgetting(method: Any) -> Any:
@@ -57,14 +66,15 @@ def _add_lora_linear(
     if self.no_lora:
         return
     x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    slots = torch.arange(lora_a_stacked[0].shape[0], device=x.device)
-    mask = ((self.token_lora_indices[: x.shape[0], None] == slots) * scale).to(torch.float32)
+    if getattr(self, "mask", None) is None or len(self.mask) != len(x):  # one mask serves all layers of a batch
+        slots = torch.arange(lora_a_stacked[0].shape[0], device=x.device)
+        self.mask = (self.token_lora_indices[: len(x), None] == slots).to(torch.float32)
     start = 0
     for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
         count, _, rank, width = a.shape
-        hidden = torch.nn.functional.linear(x, a.view(count * rank, width)).view(-1, count, rank).float() * mask[:, :, None]
+        hidden = torch.nn.functional.linear(x, a.view(count * rank, width)).view(-1, count, rank).float() * self.mask[:, :, None]
         expanded = _expanded.get(b.data_ptr())
         if expanded is None:
             expanded = _expanded[b.data_ptr()] = b[:, 0].transpose(1, 2).reshape(count * rank, -1).contiguous()
-        y[:, start : start + size] += hidden.view(-1, count * rank).to(y.dtype) @ expanded[:, :size]
+        y[:, start : start + size].addmm_(hidden.view(-1, count * rank).to(y.dtype), expanded[:, :size], alpha=scale)
         start += size

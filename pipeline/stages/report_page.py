@@ -95,7 +95,12 @@ def _identity(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_rows(flat: list[dict[str, Any]], measure: str, title: str, base: float) -> Any:
     data = alt.Data(values=flat)
-    x = alt.X("rows:Q", title="distinct training rows", scale=alt.Scale(type="log"), axis=alt.Axis(values=sorted({row["rows"] for row in flat})))
+    x = alt.X(
+        "rows:Q",
+        title="distinct training rows",
+        scale=alt.Scale(type="log", nice=False, padding=24),
+        axis=alt.Axis(values=sorted({row["rows"] for row in flat})),
+    )
     y = alt.Y(f"{measure}:Q", title=title, scale=alt.Scale(zero=False))
     color = alt.Color("series:N", title="trained for", scale=alt.Scale(range=["#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518"]))
     tip = ["cell:N", "rows:Q", "series:N", alt.Tooltip(f"{measure}:Q", format=".3f")]
