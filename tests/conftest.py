@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline.artifacts import Store, open_store
-from tests.runs import environment
+from tests.runs import ROOT, environment
 from tests.tools import MissingToolError, versitygw
 
 # The same examples on every machine, however slow it is; no folder of past failures in the tree.
@@ -127,20 +127,35 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         yield open_store(f"s3://{_bucket()}/runs")
 
 
+@dataclass(frozen=True)
+class RayCluster:
+    """address: to attach to. crash: environment of a run that is to die where the file `control` says (tests/crash)."""
+
+    address: str
+    control: Path
+    crash: dict[str, str]
+
+
 @pytest.fixture(scope="session")
-def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each."""
     folder = tmp_path_factory.mktemp("ray")
+    crash = {"PYTHONPATH": str(ROOT / "tests" / "crash"), "CRASH_CONTROL": str(folder / "control")}
     code = (
-        "import ray, sys; context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False);"
-        "print(context.address_info['gcs_address'], flush=True); sys.stdin.read()"
+        "import ray, sys; context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False,"
+        "_node_ip_address='127.0.0.1'); print(context.address_info['gcs_address'], flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, **crash))
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield RayCluster(process.stdout.readline().strip(), folder / "control", crash)
         process.communicate("")
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster: RayCluster) -> str:
+    return ray_cluster.address
 
 
 @pytest.fixture(scope="session")

@@ -184,6 +184,7 @@ def test_doctor_passes_on_a_machine_that_can_run_the_tests(tmp_path):
     assert "conditional writes: honoured" in run.stdout
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # boto3 leaves its sockets to the garbage collector
 @pytest.mark.parametrize("store", ["versitygw"], indirect=True)
 def test_study_on_a_real_s3_server_builds_once_and_is_reported_from_there(tmp_path, store):
     study = small(tmp_path)

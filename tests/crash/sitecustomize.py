@@ -1,10 +1,9 @@
-"""Kills the driver and its worker at a commit: put on PYTHONPATH by the crash test, loaded by every process it starts.
+"""Kills a driver and its worker at a commit: on the PYTHONPATH of a test's Ray cluster and of the runs that attach to it.
 
-A commit in a folder store is one os.link of a manifest. DATADOSE_ is the product's; CRASH_* are this test's:
-CRASH_AT=before|after, CRASH_DRIVER=file with the driver's process id, CRASH_ONCE=file that exists once it has happened.
+A commit in a folder store is one os.link of a manifest. The file that CRASH_CONTROL names says when to die, `before` or
+`after` it, and which process the driver is; it is gone once that has happened.
 """
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,21 +11,27 @@ from pathlib import Path
 _link = os.link
 
 
-def _crash() -> None:
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(os.environ["CRASH_ONCE"], os.O_CREAT | os.O_EXCL))
-        os.kill(int(Path(os.environ["CRASH_DRIVER"]).read_text()), signal.SIGKILL)
+def _crash(moment: str) -> None:
+    control = Path(os.environ["CRASH_CONTROL"])
+    try:
+        wanted, driver = control.read_text().split()
+        if wanted != moment:
+            return
+        control.unlink()
+    except FileNotFoundError:
+        return
+    os.kill(int(driver), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _linked(source, target, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _linked(source, target, *args, **kwargs):
     commit = "/manifests/" in str(target)
-    if commit and os.environ["CRASH_AT"] == "before":
-        _crash()
+    if commit:
+        _crash("before")
     _link(source, target, *args, **kwargs)
-    if commit and os.environ["CRASH_AT"] == "after":
-        _crash()
+    if commit:
+        _crash("after")
 
 
-if "CRASH_AT" in os.environ:
+if "CRASH_CONTROL" in os.environ:
     os.link = _linked
