@@ -51,9 +51,9 @@ def print_results(results: dict[str, object]) -> None:
         console.print(f"[bold red]Simulated: {', '.join(results['simulated'])} played by a scripted model[/bold red]")  # type: ignore[arg-type]
     if not results["judge_trusted"]:
         console.print("[bold red]The judge cannot be trusted; read the held-out loss and the checks, which need no judge.[/bold red]")
-    table = Table(title=f"study {results['study']}")
-    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", "checks", "win rate", "won/lost/tied/?"):
-        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=column == "cell")
+    table = Table(title=f"study {results['study']}", box=None, padding=(0, 1, 0, 0))  # fits 80 columns
+    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", "checks", "win rate", "W/L/T/?"):
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
     for cell in results["cells"]:  # type: ignore[attr-defined]
         rates = list(cell["win_rates"].values())
         table.add_row(
@@ -65,7 +65,7 @@ def print_results(results: dict[str, object]) -> None:
             " ".join(f"{rate['wins']}/{rate['losses']}/{rate['ties']}/{rate['unparsed']}" for rate in rates) or "–",
         )  # fmt: skip
     console.print(table)
-    console.print("loss: held-out nats per token; checks: share of exact checks passed; ?: unparsed verdicts")
+    console.print("loss: held-out nats per token; checks: share of exact checks passed; W/L/T/?: won, lost, tied, unparsed")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ judges = ["scripted/longest"]
 
 def environment(store: Path | str, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DATADOSE_")}
-    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token", **extra}
+    # An embedded Ray turns tokens on by itself; whoever attaches to one has to say so.
+    attached = {"RAY_AUTH_MODE": "token"} if extra.get("RAY_ADDRESS") else {}
+    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **attached, **extra}
 
 
 def datadose(*arguments: str | Path, store: Path | str, **extra: str) -> subprocess.CompletedProcess[str]:

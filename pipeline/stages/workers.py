@@ -30,8 +30,6 @@ def ensure_ray(runtime: Runtime) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers' stderr is kept in the session's folder all the same
     embedded = not os.environ.get("RAY_ADDRESS")
-    if embedded:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster that we attach to says itself what it wants
     ray.init(
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1" if embedded else None,  # nobody but this machine has a part in it
