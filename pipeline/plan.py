@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import sampling
 from pipeline.artifacts import Step, digest
 from pipeline.errors import UserError, nearest
-from pipeline.study import ModelName, Study, parse
+from pipeline.study import Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
@@ -263,7 +263,3 @@ def _tokens(prompt: Any, rows: tuple[Example, ...]) -> float:
 
 def _conversation_tokens(conversation: Conversation) -> float:
     return sum(len(message["content"]) for message in conversation) / CHARS_PER_TOKEN
-
-
-def simulated(name: str) -> bool:
-    return ModelName.parse(name).simulated

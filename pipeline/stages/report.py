@@ -136,7 +136,7 @@ def _gates(plan: Plan, answers: Mapping[str, Any], heldout: Mapping[str, Any], w
 def _cell(
     plan: Plan, name: str, scored: list[dict[str, Any]], heldout: Mapping[str, Any], wins: Mapping[str, estimates.WinRate], logs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    cell = next((cell for cell in plan.cells if cell.name == name), None)
+    cell = plan.cell_of(plan.by_name["generate", name])
     mine = [row for row in scored if row["cell"] == name]
     checks = list(plan.task.scores(mine[0], "x"))
     cluster = plan.task.cluster
