@@ -6,8 +6,9 @@ Every worker makes the same plan from the same study, so a step travels as its k
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,31 @@ SHARD_ROWS = 64
 CHARS_PER_TOKEN = 4.2
 """English text under the tokenizers of SmolLM2 and Llama 3, near enough for a price before the start."""
 
+TIER = "tier"
+"""Name under which an evaluation row's tier is balanced and reported."""
+
 BASE, ZERO, BROKEN = "base", "zero", "broken"
 """Candidates beside the cells: the untouched model, an adapter of no training at all, and answers spoilt on purpose."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tune of the grid. epochs: passes over its rows, steps * global_batch / rows."""
+    """One fine-tune of the grid. epochs: passes over its rows, steps * global_batch / rows. draw: seed of its subset."""
 
     name: str
     rows: int
     steps: int
     epochs: float
+    draw: int
     seed: int
+
+    @property
+    def subset(self) -> str:
+        return subset_name(self.rows, self.draw)
+
+
+def subset_name(rows: int, draw: int) -> str:
+    return f"n{rows:05d}-d{draw}"
 
 
 @dataclass(frozen=True)
@@ -83,15 +96,25 @@ class Plan:
         return {step.key for step in self.steps if step.name == only or step.name.startswith(f"{only}-")}
 
 
-def cells_of(study: Study) -> tuple[Cell, ...]:
-    """The grid: sizes x (steps and epochs) x seeds. An epoch is ceil(rows / global batch) steps."""
+def sizes_of(study: Study, asked: int) -> tuple[int, ...]:
+    """Distinct rows of the grid's sizes, largest first; shares are of the `asked` training rows."""
+    return tuple(sorted({*study.grid.rows, *(max(1, round(share * asked)) for share in study.grid.shares)}, reverse=True))
+
+
+def steps_of(epochs: float, rows: int, batch: int) -> int:
+    """Optimizer steps that show every row `epochs` times, the last batch filled up with rows of the next pass."""
+    return math.ceil(round(epochs * rows / batch, 9))
+
+
+def cells_of(study: Study, asked: int) -> tuple[Cell, ...]:
+    """The grid: sizes x (steps and epochs) x seeds."""
     found: dict[str, Cell] = {}
     batch = study.training.global_batch
-    for rows in study.subsets.sizes:
-        for steps in (*study.training.steps, *(math.ceil(epochs * rows / batch) for epochs in study.training.epochs)):
-            for seed in study.training.seeds:
-                cell = Cell(f"n{rows:05d}-s{steps:04d}-seed{seed}", rows, steps, steps * batch / rows, seed)
-                found.setdefault(cell.name, cell)  # an epoch can be as long as one of the step counts
+    for rows in sizes_of(study, asked):
+        exposures = (*study.grid.steps, *(steps_of(epochs, rows, batch) for epochs in study.grid.epochs))
+        for steps, draw, seed in itertools.product(exposures, study.subsets.seeds, study.training.seeds):
+            cell = Cell(f"{subset_name(rows, draw)}-s{steps:04d}-t{seed}", rows, steps, steps * batch / rows, draw, seed)
+            found.setdefault(cell.name, cell)  # an epoch can be as long as one of the step counts
     return tuple(found.values())
 
 
@@ -99,18 +122,21 @@ def make_plan(study: Study) -> Plan:
     """Raises UserError for whatever of the study cannot be done."""
     task = load(study.task["name"])
     params = parse(task.params, study.task, "[task]")
+    if task.rich and not study.synthesis.teacher:
+        raise UserError(f"synthesis.teacher is missing: the rows of task {task.name!r} are written by a model, e.g. 'vllm/...'")
+    if not task.rich and (study.synthesis.teacher or study.train_on == "rich"):
+        raise UserError(f"the rows of task {task.name!r} bring their own answers: take out synthesis.teacher and train_on = 'rich'")
     train_rows = _drawn(list(task.train(params)), task.strata, study.synthesis.rows, study.synthesis.seed, "synthesis.rows")
-    if study.subsets.sizes[0] > len(train_rows):
-        raise UserError(
-            f"subsets.sizes: {study.subsets.sizes[0]} rows are wanted and the teacher is asked for {len(train_rows)}; "
-            "lower the size, raise synthesis.rows or name more companies"
-        )
+    usable = sum(row.problem is None for row in train_rows)
+    sizes = sizes_of(study, usable)
+    if sizes[0] > usable:
+        raise UserError(f"grid: {sizes[0]} rows are wanted and there are at most {usable}; lower the size, raise synthesis.rows or give the task more rows")
     pool = list(task.evaluation(params))
     if study.evaluation.per_value is not None:
         chosen = sampling.per_value([row.fields for row in pool], task.strata, study.evaluation.per_value, study.evaluation.seed)
         evaluation_rows = [pool[index] for index in chosen]
     else:
-        evaluation_rows = _drawn(pool, (*task.strata, task.cluster), study.evaluation.count, study.evaluation.seed, "evaluation.count")
+        evaluation_rows = _drawn(pool, (*task.strata, task.cluster), study.evaluation.count, study.evaluation.seed, "evaluation.count", TIER)
 
     shards: dict[str, tuple[Example, ...]] = {}
     steps: list[Step] = []
@@ -120,8 +146,8 @@ def make_plan(study: Study) -> Plan:
             steps.append(step)
     train_shards = tuple(step for step in steps if step.name.startswith("train"))
     evaluation_shards = tuple(step for step in steps if step.name.startswith("evaluation"))
-    subsets = _subset_steps(study, task, train_shards)
-    cells = cells_of(study)
+    subsets = _subset_steps(study, task, sizes, train_shards)
+    cells = cells_of(study, usable)
     trained = _train_steps(study, task, cells, subsets, evaluation_shards)
     generated = _generate_steps(study, task, evaluation_rows, trained)
     judged = _judge_steps(study, task, generated)
@@ -130,11 +156,11 @@ def make_plan(study: Study) -> Plan:
     return Plan(study, task, params, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
 
 
-def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str) -> list[Example]:
+def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str, *more: str) -> list[Example]:
     """Rows by id: the order of the task's nested loops plays no part in what follows."""
     if size is not None:
         try:
-            chosen = sampling.balanced([row.fields for row in rows], strata, size, seed)
+            chosen = sampling.balanced([{**row.fields, TIER: row.tier} for row in rows], (*strata, *more), size, seed)
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
         rows = [rows[index] for index in chosen]
@@ -152,29 +178,38 @@ def _synthesize_steps(study: Study, task: Task, params: Any, split: str, rows: l
             "sampling": study.synthesis.sampling,
             "precision": study.precision,
             "rows": len(chunk),
-            "prompts": digest([[row.row_id, task.rich(row.fields), task.plain(row.fields)] for row in chunk]),
+            "split": split,
+            "prompts": digest([[row.row_id, task.rich(row.fields) if task.rich else [row.answer, row.problem], task.plain(row.fields)] for row in chunk]),
         }
         made.append((Step("synthesize", f"{split}-{index:04d}of{len(chunks):04d}", config), chunk))
     return made
 
 
-def _subset_steps(study: Study, task: Task, shards: tuple[Step, ...]) -> dict[int, Step]:
-    made: dict[int, Step] = {}
-    previous: Step | None = None
-    for size in study.subsets.sizes:
-        config = {"version": VERSIONS["subset"], "size": size, "seed": study.subsets.seed, "strata": task.strata, "train_on": study.train_on}
-        made[size] = Step("subset", f"n{size:05d}", config, (previous,) if study.subsets.nested and previous else shards)
-        previous = made[size]
+def _subset_steps(study: Study, task: Task, sizes: tuple[int, ...], shards: tuple[Step, ...]) -> dict[str, Step]:
+    made: dict[str, Step] = {}
+    for draw in study.subsets.seeds:
+        larger: Step | None = None
+        for size in sizes:
+            config = {
+                "version": VERSIONS["subset"],
+                "size": size,
+                "may_miss": study.subsets.may_miss,
+                "seed": draw,
+                "strata": task.strata,
+                "train_on": study.train_on,
+            }
+            name = subset_name(size, draw)
+            made[name] = larger = Step("subset", name, config, (larger,) if study.subsets.nested and larger else shards)
     return made
 
 
-def _train_steps(study: Study, task: Task, cells: tuple[Cell, ...], subsets: dict[int, Step], evaluation: tuple[Step, ...]) -> list[Step]:
+def _train_steps(study: Study, task: Task, cells: tuple[Cell, ...], subsets: dict[str, Step], evaluation: tuple[Step, ...]) -> list[Step]:
     shared: dict[str, Any] = {"version": VERSIONS["train"], "base": study.base, "precision": study.precision}
-    training = study.training.model_dump(exclude={"steps", "epochs", "seeds"})
+    training = study.training.model_dump(exclude={"seeds"})
     made = []
     for cell in cells:
         config = shared | {"training": training, "steps": cell.steps, "seed": cell.seed}
-        made.append(Step("train", cell.name, config, (subsets[cell.rows], *evaluation)))
+        made.append(Step("train", cell.name, config, (subsets[cell.subset], *evaluation)))
     zero = shared | {"training": training, "steps": 0, "seed": study.training.seeds[0]}
     return [Step("train", ZERO, zero, evaluation), *made]
 
@@ -236,19 +271,20 @@ def cost(plan: Plan) -> dict[str, Any]:
     evaluation = len(plan.evaluation_rows)
     verdicts = len(plan.stage("judge")) * evaluation * 2
     steps = sum(cell.steps for cell in plan.cells)
-    rich = _tokens(task.rich, plan.train_rows)
+    rich = _tokens(task.rich, plan.train_rows) if task.rich else 0.0
     plain = _tokens(task.plain, plan.evaluation_rows)
     trained_prompt = rich if study.train_on == "rich" else _tokens(task.plain, plan.train_rows)
+    trained_answer = study.synthesis.sampling.max_tokens if task.rich else _mean(len(row.answer or "") / CHARS_PER_TOKEN for row in plan.train_rows)
     answer = study.generation.max_tokens
     exposures = steps * study.training.global_batch
     return {
         "rows": asked,
         "training_rows": exposures,
         "steps": steps,
-        "requests": {"synthesize": asked, "generate": models * evaluation, "judge": verdicts},
+        "requests": {"synthesize": asked if task.rich else 0, "generate": models * evaluation, "judge": verdicts},
         "tokens_estimated": {
-            "synthesize": round(asked * (rich + study.synthesis.sampling.max_tokens)),
-            "train": round(exposures * (trained_prompt + study.synthesis.sampling.max_tokens)),
+            "synthesize": round(asked * (rich + study.synthesis.sampling.max_tokens)) if task.rich else 0,
+            "train": round(exposures * (trained_prompt + trained_answer)),
             "generate": round(models * evaluation * (plain + answer)),
             "judge": round(verdicts * (plain + 2 * answer + _conversation_tokens(task.judge("", "", "")))),
         },
@@ -258,7 +294,12 @@ def cost(plan: Plan) -> dict[str, Any]:
 def _tokens(prompt: Any, rows: tuple[Example, ...]) -> float:
     """Mean tokens of a prompt, over at most 200 rows spread evenly."""
     sample = rows[:: max(1, len(rows) // 200)]
-    return sum(_conversation_tokens(prompt(row.fields)) for row in sample) / len(sample)
+    return _mean(_conversation_tokens(prompt(row.fields)) for row in sample)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)
 
 
 def _conversation_tokens(conversation: Conversation) -> float:

@@ -23,10 +23,11 @@ _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _FIELDS = pa.map_(pa.string(), pa.string())
 
 EXAMPLES = _schema(
-    row_id=_TEXT, fields=_FIELDS, plain=_TEXT, rich=_TEXT, raw=_TEXT, status=_TEXT, answer=(_TEXT, True),
+    row_id=_TEXT, fields=_FIELDS, plain=_TEXT, rich=(_TEXT, True), raw=_TEXT, status=_TEXT, reason=(_TEXT, True), answer=(_TEXT, True),
     finish_reason=_TEXT, prompt_tokens=_INT, completion_tokens=_INT,
 )  # fmt: skip
-"""What the teacher wrote. plain, rich: the prompts as JSON conversations. answer: null unless status is ok."""
+"""What the teacher wrote, or the user's own table holds. plain, rich: the prompts as JSON conversations; rich: null without
+a teacher. answer: null unless status is ok. reason: why not, where more is known than the status."""
 
 SUBSET = _schema(row_id=_TEXT, fields=_FIELDS, conversation=_TEXT, answer=_TEXT)
 """The rows that a cell trains on, in the order of their ids. conversation: JSON, as the study's train_on says."""

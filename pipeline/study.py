@@ -5,10 +5,11 @@ A study is a TOML file written by hand; unknown keys are refused. Where and how 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -42,6 +43,16 @@ class ModelName(Model):
         name, _, revision = rest.partition("@")
         return cls(provider=provider, name=name, revision=revision or None)
 
+    def rehearsed(self) -> Study:
+        """The same study with every model played by a scripted one, under a name of its own."""
+        scripted = {"name": f"{self.name[:30].rstrip('-')}-rehearsal", "base": "scripted/writer"}
+        synthesis = self.synthesis.model_copy(update={"teacher": self.synthesis.teacher and "scripted/writer"})
+        parts = ("longest", "coin", "first")
+        if len(self.judging.judges) > len(parts):
+            raise UserError(f"a rehearsal has at most {len(parts)} judges, the study has {len(self.judging.judges)}")
+        judging = self.judging.model_copy(update={"judges": tuple(f"scripted/{part}" for part in parts[: len(self.judging.judges)])})
+        return self.model_copy(update={**scripted, "synthesis": synthesis, "judging": judging})
+
     @property
     def simulated(self) -> bool:
         return self.provider == "scripted"
@@ -68,9 +79,12 @@ class Sampling(Model):
 
 
 class Synthesis(Model):
-    """Which rows the teacher writes: `rows` of the task's cross product (all if not given), drawn by `seed`."""
+    """Which rows the teacher writes: `rows` of the task's cross product (all if not given), drawn by `seed`.
 
-    teacher: str
+    A task whose rows bring their own answers has no teacher.
+    """
+
+    teacher: str | None = None
     rows: PositiveInt | None = None
     seed: int = 3407
     sampling: Sampling = Sampling()
@@ -90,24 +104,47 @@ class Evaluation(Model):
         return self
 
 
-class Subsets(Model):
-    sizes: tuple[PositiveInt, ...] = Field(min_length=1)
-    nested: bool = False
-    seed: int = 3407
+class Grid(Model):
+    """The doses: every size with every exposure. A size is a number of distinct rows, or a share of the rows asked for.
 
-    @field_validator("sizes")
-    @classmethod
-    def _distinct(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(sizes)) < len(sizes):
-            raise ValueError(f"sizes must be distinct, got {list(sizes)}")
-        return tuple(sorted(sizes, reverse=True))
+    An exposure is a number of optimizer steps, or of epochs, which are passes over the cell's own rows.
+    """
+
+    rows: tuple[PositiveInt, ...] = ()
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    steps: tuple[PositiveInt, ...] = ()
+    epochs: tuple[PositiveFloat, ...] = ()
+
+    @model_validator(mode="after")
+    def _both(self) -> Grid:
+        if not self.rows and not self.shares:
+            raise ValueError("give at least one size: rows or shares")
+        if not self.steps and not self.epochs:
+            raise ValueError("give at least one exposure: steps or epochs")
+        for name in ("rows", "shares", "steps", "epochs"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be distinct, got {list(values)}")
+        return self
+
+
+PAPER_GRID = {"shares": (1.0, 0.5, 0.1, 0.01, 0.005), "steps": (50, 150), "epochs": (1,)}
+"""Infantino 2024, the table of experiments: five subsets x (50 steps, 150 steps, one epoch)."""
+
+
+class Subsets(Model):
+    """How the rows of a size are drawn; every seed is a draw of its own."""
+
+    nested: bool = False
+    """Each size inside the next larger one."""
+    seeds: tuple[int, ...] = Field((3407,), min_length=1)
+    may_miss: float = Field(0.0, ge=0, lt=1)
+    """Share of a size that may be missing because the teacher's answers to those rows were not usable."""
 
 
 class Training(Model):
-    """One cell for each size and each of `steps` and `epochs`. Defaults are the tables of Infantino 2024."""
+    """How every cell is trained. Defaults are the tables of Infantino 2024; `global_batch` is its 2 rows x 4 accumulations."""
 
-    steps: tuple[PositiveInt, ...] = ()
-    epochs: tuple[PositiveInt, ...] = (1,)
     global_batch: PositiveInt = 8
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["linear", "constant"] = "linear"
@@ -119,19 +156,15 @@ class Training(Model):
     rank: PositiveInt = 16
     alpha: PositiveInt = 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Numbers of the transformer layers that get an adapter, from 0; all where not given."""
     quantization: Literal["nf4", "none"] = "nf4"
     loss_on: Literal["completion", "all"] = "completion"
     max_tokens: PositiveInt = 2048
 
-    @model_validator(mode="after")
-    def _something(self) -> Training:
-        if not self.steps and not self.epochs:
-            raise ValueError("give at least one of steps, epochs")
-        return self
-
 
 class Judging(Model):
-    judges: tuple[str, ...] = Field(min_length=1)
+    judges: tuple[str, ...] = ()
     protocols: tuple[Literal["blind"], ...] = Field(("blind",), min_length=1)
 
     @field_validator("judges", "protocols")
@@ -148,12 +181,22 @@ class Study(Model):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     train_on: Literal["plain", "rich"] = "plain"
     task: dict[str, Any]
-    synthesis: Synthesis
+    synthesis: Synthesis = Synthesis()
     evaluation: Evaluation
-    subsets: Subsets
+    grid: Grid
+    subsets: Subsets = Subsets()
     training: Training = Training()
     generation: Sampling = Sampling()
-    judging: Judging
+    judging: Judging = Judging()
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _named_grid(cls, grid: Any) -> Any:
+        if isinstance(grid, str):
+            if grid != "paper":
+                raise ValueError("the one grid with a name is 'paper'; others are a table [grid] with rows or shares, steps or epochs")
+            return PAPER_GRID
+        return grid
 
     @field_validator("name")
     @classmethod
@@ -169,10 +212,20 @@ class Study(Model):
             raise ValueError("[task] needs a name, e.g. name = 'posts'")
         return task
 
+    def rehearsed(self) -> Study:
+        """The same study with every model played by a scripted one, under a name of its own."""
+        scripted = {"name": f"{self.name[:30].rstrip('-')}-rehearsal", "base": "scripted/writer"}
+        synthesis = self.synthesis.model_copy(update={"teacher": self.synthesis.teacher and "scripted/writer"})
+        parts = ("longest", "coin", "first")
+        if len(self.judging.judges) > len(parts):
+            raise UserError(f"a rehearsal has at most {len(parts)} judges, the study has {len(self.judging.judges)}")
+        judging = self.judging.model_copy(update={"judges": tuple(f"scripted/{part}" for part in parts[: len(self.judging.judges)])})
+        return self.model_copy(update={**scripted, "synthesis": synthesis, "judging": judging})
+
     @property
     def simulated(self) -> tuple[str, ...]:
         """What of this study a scripted model plays: empty where every answer is a real model's."""
-        parts = {"base model": self.base, "teacher": self.synthesis.teacher}
+        parts = {"base model": self.base} | ({"teacher": self.synthesis.teacher} if self.synthesis.teacher else {})
         parts |= {f"judge {judge}": judge for judge in self.judging.judges}
         return tuple(part for part, name in parts.items() if ModelName.parse(name).simulated)
 
@@ -196,7 +249,23 @@ def load_study(name_or_path: str | Path) -> Study:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    return parse(Study, raw, str(path))
+    return parse(Study, _with_files(raw, path), str(path))
+
+
+def _with_files(raw: dict[str, Any], study: Path) -> dict[str, Any]:
+    """Keys of [task] that end in _file name a file beside the study: its place is for the reader, its digest is the study's."""
+    task = raw.get("task")
+    if not isinstance(task, dict):
+        return raw
+    found = {}
+    for key, value in task.items():
+        if key.endswith("_file") and isinstance(value, str):
+            file = (study.parent / Path(value).expanduser()).resolve()
+            try:
+                found[key] = {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+            except OSError as error:
+                raise UserError(f"{study}: task.{key} = {value!r} cannot be read ({error}); give a path relative to the study's folder") from error
+    return raw | {"task": task | found}
 
 
 def known_studies() -> list[str]:

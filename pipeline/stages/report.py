@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline import judging
 from pipeline.analysis import estimates, gates
 from pipeline.artifacts import Manifest, Step, Store, commit, provenance, read_manifest, read_table
-from pipeline.plan import BASE, BROKEN, STAGES, ZERO, Plan, cost
+from pipeline.plan import BASE, BROKEN, STAGES, ZERO, Plan, cost, steps_of
 from pipeline.schemas import STATUSES
 from pipeline.stages import Context, Failed, Steps
 from pipeline.stages.report_page import page
@@ -175,10 +175,10 @@ def _cell(
 
 def series(plan: Plan, rows: int, steps: int) -> str:
     """What cells of different sizes have in common: a step count, or a number of epochs."""
-    if steps in plan.study.training.steps:
+    if steps in plan.study.grid.steps:
         return f"{steps} steps"
-    epochs = round(steps * plan.study.training.global_batch / rows)
-    return f"{epochs} epoch" + ("s" if epochs > 1 else "")
+    epochs = next(epochs for epochs in plan.study.grid.epochs if steps_of(epochs, rows, plan.study.training.global_batch) == steps)
+    return f"{epochs:g} epoch" + ("s" if epochs != 1 else "")
 
 
 def _doubling(plan: Plan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,12 +29,13 @@ def draw(plan: Plan, step: Step, store: Store) -> tuple[pa.Table, str]:
         rows = read_table(store, step.inputs[0], "subset.parquet").to_pylist(maps_as_pydicts="strict")
     else:
         rows = good_rows(store, step.inputs, plan.study.train_on)
-    if size > len(rows):
+    there = min(size, len(rows))
+    if there < size * (1 - step.config["may_miss"]):
         raise UserError(
             f"subset of {size} rows: the teacher's answers gave {len(rows)} good rows of {len(plan.train_rows)}. "
-            "Raise synthesis.rows, mend the teacher's sampling (max_tokens, stop) or lower subsets.sizes"
+            "Raise synthesis.rows or subsets.may_miss, mend the teacher's sampling (max_tokens, stop) or lower the grid's sizes"
         )
-    chosen, how = sampling.draw([row["fields"] for row in rows], plan.task.strata, size, step.config["seed"])
+    chosen, how = sampling.draw([row["fields"] for row in rows], plan.task.strata, there, step.config["seed"])
     return to_table([rows[index] for index in chosen], SUBSET), how
 
 

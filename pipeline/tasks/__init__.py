@@ -8,9 +8,10 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import UserError, nearest
 
@@ -25,12 +26,41 @@ class Parsed(NamedTuple):
     value: str | None
 
 
+SEEN = "seen combination"
+"""Tier of evaluation rows whose every part occurs in training."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a task before anybody answered it: all that its prompts need, and the identity of the row."""
 
     row_id: str
     fields: Mapping[str, str]
+    tier: str = SEEN
+    """How new the row is to a model trained on this study's rows."""
+    answer: str | None = None
+    """What to train on, where the task's rows bring their own answers."""
+    problem: str | None = None
+    """Why a row of a user's table cannot be used: it is quarantined under this reason."""
+
+
+class DataFile(BaseModel):
+    """A user's file. Studies and steps know it by its digest, so it may move; `path` is where it lies now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(exclude=True)
+    sha256: str
+
+    def read(self) -> bytes:
+        """Raises UserError where the file is gone or has changed since the study was loaded."""
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error}); put it back or name another file in the study") from error
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise UserError(f"{self.path} has changed since the study was loaded; run the command again")
+        return data
 
 
 @dataclass(frozen=True)
@@ -48,12 +78,12 @@ class Task:
     params: type[BaseModel]
     train: Callable[[Any], Iterator[Example]]
     evaluation: Callable[[Any], Iterator[Example]]
-    rich: Callable[[Mapping[str, str]], Conversation]
-    """Fields -> what the teacher is asked."""
+    rich: Callable[[Mapping[str, str]], Conversation] | None
+    """Fields -> what the teacher is asked; None where rows bring their own answers."""
     plain: Callable[[Mapping[str, str]], Conversation]
     """Fields -> what users of the fine-tune ask; the default for training, always used for evaluation."""
-    parse: Callable[[Any, Mapping[str, str], str, bool], Parsed]
-    """Params, fields, what the teacher wrote, whether it came to its end -> the answer to train on, or a status."""
+    parse: Callable[[Any, Mapping[str, str], str, bool], Parsed] | None
+    """None without a teacher. Params, fields, what the teacher wrote, whether it came to its end -> the answer to train on, or a status."""
     judge: Callable[[str, str, str], Conversation]
     """Plain prompt, post A, post B (all neutralised) -> the question to a judge that answers A or B."""
     scores: Callable[[Mapping[str, str], str], dict[str, float]]

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product as cross
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import UserError, nearest
+from pipeline.study import NAME
 from pipeline.study import parse as parse_model
-from pipeline.tasks import Conversation, Example, Parsed, Task, row_id
+from pipeline.tasks import SEEN, Conversation, DataFile, Example, Parsed, Task, row_id
 
 COMPANIES = Path(__file__).parent / "companies"
 
@@ -122,70 +123,129 @@ class Company(BaseModel):
         return f"{self.description} It offers: {self.offering} It sells to: {self.audience}"
 
 
+NEW_COMPANY, NEW_PRODUCT, NEW_STYLE = "new company", "new product", "new tone or type"
+
+
 class Params(BaseModel):
-    """The [task] table of a study. `companies` and `held_out` are names of files in companies/, without .toml."""
+    """The [task] table of a study: what training sees, and what is held out for evaluation.
+
+    `companies` and `held_out` are names of companies: a file in companies/, or `name` in the study's own `companies_file`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     companies: tuple[str, ...] | None = None
     """Who training rows are written for; all that are not held out where not given."""
+    companies_file: DataFile | None = None
+    """More companies, as `datadose companies` writes them; where given and `companies` is not, they are all that there is."""
     held_out: tuple[str, ...] = ()
-    """Who evaluation prompts are for; empty: the same companies as in training."""
+    held_out_products: tuple[str, ...] = ()
+    held_out_types: tuple[str, ...] = ()
+    held_out_tones: tuple[str, ...] = ()
+    tiers: tuple[str, ...] | None = None
+    """Which tiers to evaluate; every one that is held out where not given, and what training sees where nothing is."""
     trim: bool = False
     """Keep of the teacher's post as many whole sentences as were asked for: small teachers do not stop by themselves."""
 
-    @field_validator("companies", "held_out")
+    @field_validator("companies", "held_out", "held_out_products", "held_out_types", "held_out_tones", "tiers")
     @classmethod
     def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names and len(set(names)) < len(names):
-            raise ValueError("companies must be distinct")
+            raise ValueError("names must be distinct")
         return names
+
+    @model_validator(mode="after")
+    def _known(self) -> Params:
+        for given, known in ((self.held_out_types, TYPES), (self.held_out_tones, TONES), (self.tiers or (), (SEEN, *self.novelties))):
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{name!r} is not one of {list(known)}; {nearest(name, known)}")
+        return self
+
+    @property
+    def novelties(self) -> list[str]:
+        """Tiers for which something is held out."""
+        held = {NEW_COMPANY: self.held_out, NEW_PRODUCT: self.held_out_products, NEW_STYLE: (*self.held_out_types, *self.held_out_tones)}
+        return [tier for tier, names in held.items() if names]
 
 
 def train(params: Params) -> Iterator[Example]:
-    names = params.companies
-    if names is None:
-        names = tuple(slug for slug in company_names() if slug not in params.held_out)
-    if both := sorted(set(names) & set(params.held_out)):
-        raise UserError(f"companies {both} are both trained on and held out; take them from one of the lists")
-    return _cross_product(names)
+    return (row for row in _cross_product(params) if row.tier == SEEN)
 
 
 def evaluation(params: Params) -> Iterator[Example]:
-    return _cross_product(params.held_out) if params.held_out else train(params)
+    wanted = params.tiers or params.novelties or [SEEN]
+    return (row for row in _cross_product(params) if row.tier in wanted)
 
 
-def _cross_product(names: tuple[str, ...]) -> Iterator[Example]:
-    for company in map(company_named, names):
+def _cross_product(params: Params) -> Iterator[Example]:
+    """Every row that is new in one respect at most, with its tier."""
+    own = companies_in(params.companies_file) if params.companies_file else {}
+    names = params.companies
+    if names is None:
+        names = tuple(slug for slug in (own or company_names()) if slug not in params.held_out)
+    if both := sorted(set(names) & set(params.held_out)):
+        raise UserError(f"companies {both} are both trained on and held out; take them from one of the lists")
+    unknown = set(params.held_out_products)
+    for slug in (*names, *params.held_out):
+        company = own[slug] if slug in own else company_named(slug, own)
+        unknown -= set(company.products)
         for product, (kind, post), tone in cross(company.products, TYPES.items(), TONES):
+            new = [
+                tier
+                for tier, is_new in (
+                    (NEW_COMPANY, slug in params.held_out),
+                    (NEW_PRODUCT, product in params.held_out_products),
+                    (NEW_STYLE, kind in params.held_out_types or tone in params.held_out_tones),
+                )
+                if is_new
+            ]
+            if len(new) > 1:
+                continue
             fields = {
                 "company": company.name, "product": product, "type": kind, "length": post.length, "tone": tone,
                 "profile": company.profile, "simple": company.simple_description,
             }  # fmt: skip
-            yield Example(row_id(TASK.name, TASK.columns, fields), fields)
+            yield Example(row_id(TASK.name, TASK.columns, fields), fields, new[0] if new else SEEN)
+    if unknown:
+        raise UserError(f"held_out_products {sorted(unknown)} are sold by none of the study's companies; take names from their files")
 
 
 def company_names() -> list[str]:
     return sorted(path.stem for path in COMPANIES.glob("*.toml"))
 
 
-@functools.cache
-def company_named(slug: str) -> Company:
+def company_named(slug: str, own: Iterable[str] = ()) -> Company:
     """Raises UserError where the company is not there, not UTF-8 or not as the schema wants it."""
-    path = COMPANIES / f"{slug}.toml"
     if slug not in company_names():
-        raise UserError(f"company {slug!r} does not exist; {nearest(slug, company_names())}")
-    return read_company(path)
+        known = [*own, *company_names()]
+        raise UserError(f"company {slug!r} does not exist; {nearest(slug, known)}")
+    return read_company(COMPANIES / f"{slug}.toml")
 
 
+@functools.cache
 def read_company(path: Path) -> Company:
+    return parse_model(Company, _toml(path.read_bytes(), str(path)), path.name)
+
+
+@functools.cache
+def companies_in(file: DataFile) -> dict[str, Company]:
+    """A file with a table [slug] for each company, as `datadose companies` writes it."""
+    raw = _toml(file.read(), file.path)
+    bad = [slug for slug, company in raw.items() if not NAME.fullmatch(slug) or not isinstance(company, dict)]
+    if bad or not raw:
+        raise UserError(f"{file.path}: wanted one table for each company, [its-short-name], got {bad or 'none'}")
+    return {slug: parse_model(Company, company, f"{file.path}: [{slug}]") for slug, company in raw.items()}
+
+
+def _toml(data: bytes, where: str) -> dict[str, Any]:
     try:
-        return parse_model(Company, tomllib.loads(path.read_text(encoding="utf-8")), path.name)
+        return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        raise UserError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+        raise UserError(f"{where}: not valid TOML: {error}") from error
 
 
 # ---------------------------------------------------------------- prompts
