@@ -20,13 +20,14 @@ app = typer.Typer(
 )  # fmt: skip
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help=f"{', '.join(known_studies())}, or a .toml file")]
+Rehearse = Annotated[bool, typer.Option("--rehearse", help="the same study with scripted models: shows that it runs, measures nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
-def plan(study: StudyName, as_json: AsJson = False) -> None:
+def plan(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) -> None:
     """What would run, what it costs, what is done and what is missing."""
-    made = plan_of(study)
+    made = plan_of(study, rehearse)
     described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
     if as_json:
         typer.echo(json.dumps(described, indent=1))
@@ -53,9 +54,10 @@ def run(
     study: StudyName,
     only: Annotated[str | None, typer.Option(metavar="STAGE_OR_CELL", help="build only this stage or this cell")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the steps that would be built, and build nothing")] = False,
+    rehearse: Rehearse = False,
 ) -> None:
     """Build what is missing of a study, from synthesis to report. A finished study builds nothing."""
-    made, runtime = plan_of(study), runtime_from(os.environ)
+    made, runtime = plan_of(study, rehearse), runtime_from(os.environ)
     keys = made.select(only)
     if dry_run:
         done = done_keys(open_store(runtime.store))
@@ -70,9 +72,9 @@ def run(
 
 
 @app.command()
-def status(study: StudyName, as_json: AsJson = False) -> None:
+def status(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) -> None:
     """What of a study is done."""
-    made = plan_of(study)
+    made = plan_of(study, rehearse)
     described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
     if as_json:
         typer.echo(json.dumps({key: described[key] for key in ("study", "stages", "cells", "missing")}, indent=1))
@@ -85,12 +87,13 @@ def status(study: StudyName, as_json: AsJson = False) -> None:
 def report(
     study: StudyName,
     out: Annotated[Path | None, typer.Option(help="copy the report and its tables into this folder")] = None,
+    rehearse: Rehearse = False,
 ) -> None:
     """The results as a table and the report's path. Of an unfinished study: what there is so far, in STUDY-report/."""
     from jobs import grid
     from pipeline.artifacts import read_manifest
 
-    made, runtime = plan_of(study), runtime_from(os.environ)
+    made, runtime = plan_of(study, rehearse), runtime_from(os.environ)
     store = open_store(runtime.store)
     (step,) = made.stage("report")
     manifest = read_manifest(store, step)
@@ -118,7 +121,7 @@ def doctor(study: StudyName = "laptop") -> None:
     from pipeline.preflight import diagnose
 
     bad = 0
-    for check in diagnose(plan_of(study), runtime_from(os.environ)):
+    for check in diagnose(plan_of(study, rehearse), runtime_from(os.environ)):
         console.print(f"[green]ok  [/green] {check.name}: {check.found}" if check.passed else f"[red]FAIL[/red] {check.name}: {check.found}. {check.remedy}")
         bad += not check.passed
     if bad:

@@ -41,8 +41,9 @@ def runtime_from(environment: Mapping[str, str]) -> Runtime:
     return runtime if runtime.store.startswith("s3://") else runtime.model_copy(update={"store": os.path.abspath(os.path.expanduser(runtime.store))})  # noqa: PTH100, PTH111
 
 
-def plan_of(study: str) -> Plan:
-    return make_plan(load_study(study))
+def plan_of(study: str, rehearse: bool = False) -> Plan:
+    loaded = load_study(study)
+    return make_plan(loaded.rehearsed() if rehearse else loaded)
 
 
 @contextlib.contextmanager

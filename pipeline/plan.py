@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import sampling
 from pipeline.artifacts import Step, digest
 from pipeline.errors import UserError, nearest
-from pipeline.study import Study, parse
+from pipeline.study import Evaluation, Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
@@ -27,9 +27,6 @@ SHARD_ROWS = 64
 
 CHARS_PER_TOKEN = 4.2
 """English text under the tokenizers of SmolLM2 and Llama 3, near enough for a price before the start."""
-
-TIER = "tier"
-"""Name under which an evaluation row's tier is balanced and reported."""
 
 BASE, ZERO, BROKEN = "base", "zero", "broken"
 """Candidates beside the cells: the untouched model, an adapter of no training at all, and answers spoilt on purpose."""
@@ -136,7 +133,7 @@ def make_plan(study: Study) -> Plan:
         chosen = sampling.per_value([row.fields for row in pool], task.strata, study.evaluation.per_value, study.evaluation.seed)
         evaluation_rows = [pool[index] for index in chosen]
     else:
-        evaluation_rows = _drawn(pool, (*task.strata, task.cluster), study.evaluation.count, study.evaluation.seed, "evaluation.count", TIER)
+        evaluation_rows = _evaluation_rows(pool, (*task.strata, task.cluster), study.evaluation)
 
     shards: dict[str, tuple[Example, ...]] = {}
     steps: list[Step] = []
@@ -151,20 +148,42 @@ def make_plan(study: Study) -> Plan:
     trained = _train_steps(study, task, cells, subsets, evaluation_shards)
     generated = _generate_steps(study, task, evaluation_rows, trained)
     judged = _judge_steps(study, task, generated)
-    report = Step("report", study.name, {"version": VERSIONS["report"], "study": study}, (*evaluation_shards, *subsets.values(), *trained, *generated, *judged))
+    report = Step(
+        "report",
+        study.name,
+        {"version": VERSIONS["report"], "study": study.model_dump(mode="json") | {"task": params}},
+        (*evaluation_shards, *subsets.values(), *trained, *generated, *judged),
+    )
     every = (*steps, *subsets.values(), *trained, *generated, *judged, report)
     return Plan(study, task, params, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
 
 
-def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str, *more: str) -> list[Example]:
+def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str) -> list[Example]:
     """Rows by id: the order of the task's nested loops plays no part in what follows."""
     if size is not None:
         try:
-            chosen = sampling.balanced([{**row.fields, TIER: row.tier} for row in rows], (*strata, *more), size, seed)
+            chosen = sampling.balanced([row.fields for row in rows], strata, size, seed)
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
         rows = [rows[index] for index in chosen]
     return sorted(rows, key=lambda row: row.row_id)
+
+
+def _evaluation_rows(pool: list[Example], strata: tuple[str, ...], evaluation: Evaluation) -> list[Example]:
+    """`count` rows, as many of each tier as of the others (one more of the first few where it does not divide)."""
+    assert evaluation.count is not None
+    tiers = sorted({row.tier for row in pool})
+    found = []
+    for index, tier in enumerate(tiers):
+        share = evaluation.count // len(tiers) + (index < evaluation.count % len(tiers))
+        found += _drawn(
+            [row for row in pool if row.tier == tier],
+            strata,
+            share,
+            evaluation.seed,
+            "evaluation.count" if len(tiers) == 1 else f"evaluation.count, tier {tier!r}",
+        )
+    return sorted(found, key=lambda row: row.row_id)
 
 
 def _synthesize_steps(study: Study, task: Task, params: Any, split: str, rows: list[Example]) -> list[tuple[Step, tuple[Example, ...]]]:

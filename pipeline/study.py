@@ -115,6 +115,11 @@ class Grid(Model):
     steps: tuple[PositiveInt, ...] = ()
     epochs: tuple[PositiveFloat, ...] = ()
 
+    @field_validator("rows", "shares")
+    @classmethod
+    def _largest_first(cls, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(sorted(sizes, reverse=True))
+
     @model_validator(mode="after")
     def _both(self) -> Grid:
         if not self.rows and not self.shares:

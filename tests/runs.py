@@ -23,11 +23,9 @@ teacher = "scripted/writer"
 rows = 24
 [evaluation]
 count = 3
-[subsets]
-sizes = [8]
-[training]
+[grid]
+rows = [8]
 steps = [2]
-epochs = []
 [judging]
 judges = ["scripted/longest"]
 """

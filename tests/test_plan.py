@@ -58,22 +58,22 @@ def test_laptop_has_its_fifteen_cells(laptop: Plan):
     assert len(laptop.cells) == 15
     for cell in laptop.cells:
         assert cell.epochs == pytest.approx(cell.steps * 8 / cell.rows)
-        assert cell.name == f"n{cell.rows:05d}-s{cell.steps:04d}-seed3407"
+        assert cell.name == f"n{cell.rows:05d}-d3407-s{cell.steps:04d}-t3407"
 
 
 @pytest.mark.parametrize(("rows", "batch", "steps"), [(8, 8, 1), (9, 8, 2), (15, 8, 2), (16, 8, 2), (17, 8, 3), (1, 8, 1), (88, 10, 9)])
 def test_an_epoch_is_as_many_steps_as_show_every_row(rows: int, batch: int, steps: int):
-    plan = planned(subsets__sizes=[rows], training__steps=[], training__epochs=[1], training__global_batch=batch)
+    plan = planned(grid__rows=[rows], grid__steps=[], grid__epochs=[1], training__global_batch=batch)
     assert [(cell.rows, cell.steps) for cell in plan.cells] == [(rows, steps)]
 
 
 def test_epoch_as_long_as_a_step_count_is_one_cell():
-    plan = planned(subsets__sizes=[32], training__steps=[4], training__epochs=[1])
+    plan = planned(grid__rows=[32], grid__steps=[4], grid__epochs=[1])
     assert [(cell.rows, cell.steps) for cell in plan.cells] == [(32, 4)]
 
 
 def test_each_seed_has_its_own_cells_with_one_subset():
-    plan = planned(subsets__sizes=[16], training__steps=[4], training__epochs=[], training__seeds=[1, 2, 3])
+    plan = planned(grid__rows=[16], grid__steps=[4], grid__epochs=[], training__seeds=[1, 2, 3])
     assert [cell.seed for cell in plan.cells] == [1, 2, 3]
     assert len(plan.stage("subset")) == 1
     assert len({step.fingerprint for step in plan.stage("train")}) == 4
@@ -88,7 +88,7 @@ def test_every_cell_is_trained_generated_and_judged_beside_base_zero_and_broken(
     assert {step.name for step in laptop.stage("generate")} == cells | {"zero", "base"}
     assert {step.name for step in laptop.stage("judge")} == {f"{name}-blind-0" for name in cells | {"zero", "broken"}}
     assert [step.name for step in laptop.stage("report")] == ["laptop"]
-    assert {step.name for step in laptop.stage("subset")} == {"n00160", "n00080", "n00040", "n00016", "n00008"}
+    assert {step.name for step in laptop.stage("subset")} == {f"n{rows:05d}-d3407" for rows in (160, 80, 40, 16, 8)}
 
 
 def test_keys_of_steps_are_unique_and_inputs_come_first(laptop: Plan):
@@ -179,7 +179,7 @@ def test_without_a_number_of_rows_the_teacher_is_asked_for_all():
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ({"subsets__sizes": [8, 300]}, r"subsets\.sizes: 300 .* 176"),
+        ({"grid__rows": [8, 300]}, r"grid: 300 rows .* at most 176"),
         ({"synthesis__rows": 100_000}, r"synthesis\.rows: 100000 rows .* there are 14080"),
         ({"evaluation__count": 100_000}, r"evaluation\.count: 100000"),
         ({"evaluation__count": None, "evaluation__per_value": 5000}, "per_value = 5000"),
@@ -219,7 +219,7 @@ def test_company_by_another_path_to_its_file_is_refused():
 
 
 def test_another_step_count_leaves_every_old_step_and_adds_only_its_cells_and_a_report(laptop: Plan):
-    more = planned(training__steps=[4, 12, 50])
+    more = planned(grid__steps=[4, 12, 50])
     assert keys(laptop) - keys(more) == keys(laptop, "report")
     added = keys(more) - keys(laptop)
     assert Counter(key.split("/")[0] for key in added) == {"train": 5, "generate": 5, "judge": 5, "report": 1}
@@ -227,7 +227,7 @@ def test_another_step_count_leaves_every_old_step_and_adds_only_its_cells_and_a_
 
 
 def test_another_smaller_size_leaves_every_old_step(laptop: Plan):
-    more = planned(subsets__sizes=[160, 80, 40, 24, 16, 8])
+    more = planned(grid__rows=[160, 80, 40, 24, 16, 8])
     assert keys(laptop) - keys(more) == keys(laptop, "report")
     assert Counter(key.split("/")[0] for key in keys(more) - keys(laptop)) == {"subset": 1, "train": 3, "generate": 3, "judge": 3, "report": 1}
 
@@ -257,7 +257,7 @@ def test_another_teacher_or_sampling_changes_everything_that_comes_of_its_rows(l
         ({"generation__temperature": 0.1}, {"generate", "judge", "report"}),
         ({"training__rank": 8}, {"train", "generate", "judge", "report"}),
         ({"training__learning_rate": 1e-4}, {"train", "generate", "judge", "report"}),
-        ({"subsets__seed": 1}, {"subset", "train", "generate", "judge", "report"}),
+        ({"subsets__seeds": [1]}, {"subset", "train", "generate", "judge", "report"}),
         ({"train_on": "rich"}, {"subset", "train", "generate", "judge", "report"}),
         ({"base": "scripted/base"}, {"train", "generate", "judge", "report"}),
         ({"precision": "bfloat16"}, {"synthesize", "subset", "train", "generate", "judge", "report"}),
@@ -289,20 +289,20 @@ def test_select_of_a_stage_gives_its_steps(laptop: Plan, stage: str):
 
 
 def test_select_of_a_cell_gives_its_training_generation_and_verdicts(laptop: Plan):
-    chosen = [laptop.by_key[key] for key in laptop.select("n00008-s0001-seed3407")]
+    chosen = [laptop.by_key[key] for key in laptop.select("n00008-d3407-s0001-t3407")]
     assert {(step.stage, step.name) for step in chosen} == {
-        ("train", "n00008-s0001-seed3407"),
-        ("generate", "n00008-s0001-seed3407"),
-        ("judge", "n00008-s0001-seed3407-blind-0"),
+        ("train", "n00008-d3407-s0001-t3407"),
+        ("generate", "n00008-d3407-s0001-t3407"),
+        ("judge", "n00008-d3407-s0001-t3407-blind-0"),
     }
 
 
 def test_select_of_a_cell_whose_name_begins_another_leaves_the_other_out():
-    plan = planned(subsets__sizes=[16], training__steps=[4], training__epochs=[], training__seeds=[1, 11])
-    assert {plan.by_key[key].name for key in plan.select("n00016-s0004-seed1")} == {"n00016-s0004-seed1", "n00016-s0004-seed1-blind-0"}
+    plan = planned(grid__rows=[16], grid__steps=[4], grid__epochs=[], training__seeds=[1, 11])
+    assert {plan.by_key[key].name for key in plan.select("n00016-d3407-s0004-t1")} == {"n00016-d3407-s0004-t1", "n00016-d3407-s0004-t1-blind-0"}
 
 
-@pytest.mark.parametrize(("only", "nearest"), [("trian", "train"), ("n00008-s0001", "n00008-s0001-seed3407")])
+@pytest.mark.parametrize(("only", "nearest"), [("trian", "train"), ("n00008-d3407-s0001", "n00008-d3407-s0001-t3407")])
 def test_select_of_neither_stage_nor_cell_raises_user_error_that_names_what_is_valid(laptop: Plan, only: str, nearest: str):
     with pytest.raises(UserError, match="neither a stage nor a cell") as error:
         laptop.select(only)
@@ -313,7 +313,7 @@ def test_select_of_neither_stage_nor_cell_raises_user_error_that_names_what_is_v
 
 
 def test_description_holds_what_the_command_promises(laptop: Plan):
-    done = {laptop.by_name["train", "n00008-s0001-seed3407"].key, laptop.by_name["subset", "n00008"].key}
+    done = {laptop.by_name["train", "n00008-d3407-s0001-t3407"].key, laptop.by_name["subset", "n00008-d3407"].key}
     told = json.loads(json.dumps(describe(laptop, done), allow_nan=False))
     assert {"study", "prompts", "evaluation_prompts", "cells", "cost"} <= set(told)
     assert (told["study"], told["prompts"], told["evaluation_prompts"]) == ("laptop", 176, 12)
@@ -321,7 +321,7 @@ def test_description_holds_what_the_command_promises(laptop: Plan):
     for cell in told["cells"]:
         assert set(cell) == {"name", "rows", "steps", "epochs", "done"}
         assert cell["epochs"] == pytest.approx(cell["steps"] * 8 / cell["rows"])
-    assert [cell["name"] for cell in told["cells"] if cell["done"] is True] == ["n00008-s0001-seed3407"]
+    assert [cell["name"] for cell in told["cells"] if cell["done"] is True] == ["n00008-d3407-s0001-t3407"]
     assert all(cell["done"] in (True, False) for cell in told["cells"])
 
 
@@ -339,7 +339,7 @@ def test_description_of_a_fresh_study_misses_every_step_in_order(laptop: Plan):
 
 
 def test_keys_of_another_study_in_the_store_count_for_nothing(laptop: Plan):
-    assert describe(laptop, {"train/n00008-s0001-seed3407-0000000000"}) == describe(laptop, set())
+    assert describe(laptop, {"train/n00008-d3407-s0001-t3407-0000000000"}) == describe(laptop, set())
 
 
 def test_cost_counts_rows_steps_and_requests(laptop: Plan):

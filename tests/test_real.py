@@ -30,11 +30,11 @@ stop = ["\\n"]
 max_tokens = 120
 [evaluation]
 count = 3
-[subsets]
-sizes = [8]
-[training]
+[grid]
+rows = [8]
 steps = [3]
 epochs = [1]
+[training]
 warmup_steps = 0
 optimizer = "adamw"
 max_tokens = 512

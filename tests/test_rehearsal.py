@@ -38,7 +38,7 @@ def small(tmp_path: Path, *changes: tuple[str, str]) -> Path:
 
 def test_run_of_a_study_ends_with_table_and_report_path(finished):
     store, run = finished
-    assert "n00032-s0003-seed3407" in run.stdout
+    assert "n00032-d3407-s0003-t3407" in run.stdout
     assert "Simulated" in run.stdout
     path = next(line for line in run.stdout.splitlines() if line.startswith("report: ")).removeprefix("report: ")
     assert (ROOT / path).resolve() == report_files(store)["report.html"].resolve()
@@ -120,7 +120,7 @@ def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray
 
 def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path, ray_address):
     store = tmp_path / "store"
-    few = small(tmp_path, ('teacher = "scripted/writer"', 'teacher = "scripted/rough"'), ("sizes = [8]", "sizes = [24]"))
+    few = small(tmp_path, ('teacher = "scripted/writer"', 'teacher = "scripted/rough"'), ("rows = [8]", "rows = [24]"))
     run = datadose("run", few, store=store, RAY_ADDRESS=ray_address)
     assert run.returncode == 2
     assert "good rows of 24" in run.stderr

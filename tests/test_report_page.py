@@ -17,7 +17,7 @@ def report(tmp_path_factory, ray_address):
     """Of a study whose judge looks at position alone, so that a gate fails."""
     folder = tmp_path_factory.mktemp("report")
     study = folder / "small.toml"
-    study.write_text(SMALL.replace("scripted/longest", "scripted/first").replace("sizes = [8]", "sizes = [16, 8, 4]"))
+    study.write_text(SMALL.replace("scripted/longest", "scripted/first").replace("rows = [8]", "rows = [16, 8, 4]"))
     assert datadose("run", study, store=folder / "store", RAY_ADDRESS=ray_address).returncode == 0
     assert datadose("report", study, "--out", folder / "out", store=folder / "store").returncode == 0
     return folder / "out"

@@ -95,8 +95,15 @@ def test_null_in_a_required_column_raises_value_error_that_names_row_and_column(
         schemas.to_table([a_row(SCHEMAS[name]), a_row(SCHEMAS[name], **{column: None})], SCHEMAS[name])
 
 
-def test_columns_that_may_be_null_are_the_values_of_a_parse_and_the_probe():
-    assert nullable == [("EXAMPLES", "answer"), ("GENERATIONS", "answer"), ("GENERATIONS", "prompt_logprobs"), ("VERDICTS", "pick")]
+def test_columns_that_may_be_null_are_the_values_of_a_parse_the_probe_and_what_only_a_teacher_has():
+    assert nullable == [
+        ("EXAMPLES", "rich"),
+        ("EXAMPLES", "reason"),
+        ("EXAMPLES", "answer"),
+        ("GENERATIONS", "answer"),
+        ("GENERATIONS", "prompt_logprobs"),
+        ("VERDICTS", "pick"),
+    ]
 
 
 @with_status

@@ -22,7 +22,7 @@ MINIMAL: dict[str, Any] = {
     "task": {"name": "posts"},
     "synthesis": {"teacher": "scripted/writer", "rows": 60},
     "evaluation": {"count": 4},
-    "subsets": {"sizes": [8, 16]},
+    "grid": {"rows": [8, 16], "epochs": [1]},
     "judging": {"judges": ["scripted/longest"]},
 }
 
@@ -106,7 +106,7 @@ def test_empty_file_raises_user_error_with_every_missing_key(tmp_path: Path):
     path.write_text("", encoding="utf-8")
     with pytest.raises(UserError) as error:
         load_study(path)
-    for key in ("name", "base", "task", "synthesis", "evaluation", "subsets", "judging"):
+    for key in ("name", "base", "task", "evaluation", "grid"):
         assert f"'{key}' is missing" in str(error.value)
 
 
@@ -121,8 +121,8 @@ def test_empty_file_raises_user_error_with_every_missing_key(tmp_path: Path):
         ("synthesis__row", "rows"),
         ("synthesis__sampling__temprature", "temperature"),
         ("evaluation__counts", "count"),
-        ("subsets__size", "sizes"),
-        ("training__epoch", "epochs"),
+        ("grid__row", "rows"),
+        ("grid__epoch", "epochs"),
         ("training__learnig_rate", "learning_rate"),
         ("generation__maxtokens", "max_tokens"),
         ("judging__judge", "judges"),
@@ -135,17 +135,17 @@ def test_unknown_key_raises_user_error_that_names_it_and_the_nearest(path: str, 
 
 
 def test_unknown_key_like_no_other_raises_user_error_with_all_valid_ones():
-    with pytest.raises(UserError, match="valid: nested, seed, sizes"):
+    with pytest.raises(UserError, match="valid: may_miss, nested, seeds"):
         study(subsets__zzzzzz=1)
 
 
 def test_several_mistakes_are_all_named_at_once():
     with pytest.raises(UserError) as error:
-        study(trainin=1, subsets__size=[8], base=None)
-    assert all(part in str(error.value) for part in ("'trainin'", "'subsets.size'", "'base' is missing"))
+        study(trainin=1, grid__row=[8], base=None)
+    assert all(part in str(error.value) for part in ("'trainin'", "'grid.row'", "'base' is missing"))
 
 
-@pytest.mark.parametrize("path", ["name", "base", "task", "synthesis", "synthesis__teacher", "evaluation", "subsets", "subsets__sizes", "judging__judges"])
+@pytest.mark.parametrize("path", ["name", "base", "task", "evaluation", "grid"])
 def test_missing_key_raises_user_error_that_names_it(path: str):
     with pytest.raises(UserError, match=rf"'{path.replace('__', '.')}' is missing"):
         study(**{path: None})
@@ -174,14 +174,21 @@ def test_missing_key_raises_user_error_that_names_it(path: str):
         ("synthesis__sampling__max_tokens", 0),
         ("synthesis__sampling__stop", "end"),
         ("evaluation__count", 0),
-        ("subsets__sizes", 8),
-        ("subsets__sizes", ["eight"]),
-        ("subsets__sizes", [8, -8]),
+        ("grid__rows", 8),
+        ("grid__rows", ["eight"]),
+        ("grid__rows", [8, -8]),
         ("subsets__nested", "perhaps"),
-        ("training__steps", [0]),
-        ("training__steps", [-1]),
-        ("training__epochs", [0]),
-        ("training__epochs", 1),
+        ("grid__steps", [0]),
+        ("grid__steps", [-1]),
+        ("grid__epochs", [0]),
+        ("grid__epochs", 1),
+        ("grid__epochs", [-0.5]),
+        ("grid__shares", [0]),
+        ("grid__shares", [1.5]),
+        ("grid", "papre"),
+        ("subsets__may_miss", 1),
+        ("subsets__seeds", []),
+        ("training__layers", [-1]),
         ("training__seeds", []),
         ("training__global_batch", 0),
         ("training__learning_rate", 0),
@@ -189,7 +196,6 @@ def test_missing_key_raises_user_error_that_names_it(path: str):
         ("training__warmup_steps", -1),
         ("training__schedule", "cosine"),
         ("training__quantization", "int8"),
-        ("judging__judges", []),
         ("judging__protocols", ["loud"]),
     ],
 )
@@ -223,26 +229,26 @@ def test_evaluation_without_exactly_one_of_count_and_per_value_raises_user_error
 
 
 def test_no_sizes_raise_user_error():
-    with pytest.raises(UserError, match=r"subsets\.sizes"):
-        study(subsets__sizes=[])
+    with pytest.raises(UserError, match="rows or shares"):
+        study(grid__rows=[])
 
 
 def test_sizes_that_repeat_raise_user_error():
     with pytest.raises(UserError, match="distinct"):
-        study(subsets__sizes=[8, 16, 8])
+        study(grid__rows=[8, 16, 8])
 
 
 def test_sizes_in_another_order_are_the_same_study():
-    assert study(subsets__sizes=[8, 40, 16]) == study(subsets__sizes=[40, 16, 8])
-    assert study(subsets__sizes=[8, 40, 16]).subsets.sizes == (40, 16, 8)
+    assert study(grid__rows=[8, 40, 16]) == study(grid__rows=[40, 16, 8])
+    assert study(grid__rows=[8, 40, 16]).grid.rows == (40, 16, 8)
 
 
 def test_neither_steps_nor_epochs_raise_user_error():
-    with pytest.raises(UserError, match="steps, epochs"):
-        study(training__steps=[], training__epochs=[])
+    with pytest.raises(UserError, match="steps or epochs"):
+        study(grid__steps=[], grid__epochs=[])
 
 
-@pytest.mark.parametrize(("part", "field"), [("self", "name"), ("training", "rank"), ("subsets", "sizes"), ("generation", "seed")])
+@pytest.mark.parametrize(("part", "field"), [("self", "name"), ("training", "rank"), ("grid", "rows"), ("generation", "seed")])
 def test_study_cannot_be_changed(part: str, field: str):
     loaded = study()
     target = loaded if part == "self" else getattr(loaded, part)

@@ -54,7 +54,7 @@ ROWS = [row(number, 3 + number % 4, 2 + number) for number in range(8)]
 
 
 def training(**changes: object) -> Training:
-    plain = {"steps": (3,), "epochs": (), "global_batch": 4, "warmup_steps": 0, "optimizer": "adamw", "quantization": "none", "rank": 4, "alpha": 8}
+    plain = {"global_batch": 4, "warmup_steps": 0, "optimizer": "adamw", "quantization": "none", "rank": 4, "alpha": 8}
     return Training.model_validate(plain | changes)
 
 

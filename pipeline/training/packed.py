@@ -107,7 +107,12 @@ class PackedTrainer:
         )
         model.requires_grad_(False)
         lora = LoraConfig(
-            r=training.rank, lora_alpha=training.alpha, lora_dropout=0.0, bias="none", target_modules=list(training.targets), task_type="CAUSAL_LM",
+            r=training.rank,
+            lora_alpha=training.alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=list(training.targets),
+            task_type="CAUSAL_LM",
             layers_to_transform=None if training.layers is None else list(training.layers),
         )
         self._model = get_peft_model(model, lora)

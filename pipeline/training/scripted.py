@@ -22,7 +22,7 @@ class ScriptedTrainer:
             on_step()
         (folder / "adapter_model.safetensors").write_text(seen if steps else "zero")
         (folder / "adapter_config.json").write_text(json.dumps({"scripted": True}))
-        worth = 3.0 - 0.1 * min(steps, 20) ** 0.5 - 0.05 * len(rows) ** 0.5
+        worth = 1.5 + 1.5 / (1 + 0.05 * min(steps, 20) ** 0.5 + 0.02 * len(rows) ** 0.5)
         scored = [
             {
                 "row_id": row.row_id,
