@@ -121,7 +121,7 @@ def doctor(study: StudyName = "laptop") -> None:
     from pipeline.preflight import diagnose
 
     bad = 0
-    for check in diagnose(plan_of(study, rehearse), runtime_from(os.environ)):
+    for check in diagnose(plan_of(study), runtime_from(os.environ)):
         console.print(f"[green]ok  [/green] {check.name}: {check.found}" if check.passed else f"[red]FAIL[/red] {check.name}: {check.found}. {check.remedy}")
         bad += not check.passed
     if bad:

@@ -86,7 +86,7 @@ def conditional_writes(store: Store) -> Check:
 
 def models(plan: Plan) -> Iterator[Check]:
     study = plan.study
-    for name in dict.fromkeys((study.base, study.synthesis.teacher, *study.judging.judges)):
+    for name in dict.fromkeys(filter(None, (study.base, study.synthesis.teacher, *study.judging.judges))):
         model = ModelName.parse(name)
         if model.simulated:
             yield Check("model", True, f"{name} is scripted: a study with it measures nothing", "")

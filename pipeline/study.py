@@ -43,16 +43,6 @@ class ModelName(Model):
         name, _, revision = rest.partition("@")
         return cls(provider=provider, name=name, revision=revision or None)
 
-    def rehearsed(self) -> Study:
-        """The same study with every model played by a scripted one, under a name of its own."""
-        scripted = {"name": f"{self.name[:30].rstrip('-')}-rehearsal", "base": "scripted/writer"}
-        synthesis = self.synthesis.model_copy(update={"teacher": self.synthesis.teacher and "scripted/writer"})
-        parts = ("longest", "coin", "first")
-        if len(self.judging.judges) > len(parts):
-            raise UserError(f"a rehearsal has at most {len(parts)} judges, the study has {len(self.judging.judges)}")
-        judging = self.judging.model_copy(update={"judges": tuple(f"scripted/{part}" for part in parts[: len(self.judging.judges)])})
-        return self.model_copy(update={**scripted, "synthesis": synthesis, "judging": judging})
-
     @property
     def simulated(self) -> bool:
         return self.provider == "scripted"
