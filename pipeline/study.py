@@ -131,8 +131,10 @@ class Training(Model):
 
 
 class Judging(Model):
-    judges: tuple[str, ...] = Field(min_length=1)
-    protocols: tuple[Literal["blind"], ...] = Field(("blind",), min_length=1)
+    """Each judge compares by each protocol (see pipeline.judging); without a judge the exact checks and the loss stand alone."""
+
+    judges: tuple[str, ...] = ()
+    protocols: tuple[Literal["blind", "paper"], ...] = Field(("blind",), min_length=1)
 
     @field_validator("judges", "protocols")
     @classmethod
@@ -153,7 +155,7 @@ class Study(Model):
     subsets: Subsets
     training: Training = Training()
     generation: Sampling = Sampling()
-    judging: Judging
+    judging: Judging = Judging()
 
     @field_validator("name")
     @classmethod
