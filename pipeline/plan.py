@@ -8,18 +8,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import sampling
+from pipeline import judging, sampling
 from pipeline.artifacts import Step, digest
 from pipeline.errors import UserError, nearest
 from pipeline.study import Evaluation, Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
-VERSIONS = {"synthesize": 1, "subset": 1, "train": 1, "generate": 1, "judge": 1, "report": 1}
+VERSIONS = {"synthesize": 1, "subset": 1, "train": 1, "generate": 1, "judge": 2, "report": 1}
 """Bumped when a stage's code changes its results: older artifacts are then not found and not touched."""
 
 SHARD_ROWS = 64
@@ -245,21 +246,33 @@ def _generate_steps(study: Study, task: Task, rows: list[Example], trained: list
 
 
 def _judge_steps(study: Study, task: Task, generated: list[Step]) -> list[Step]:
+    if study.judging.judges and task.rubric is None:
+        raise UserError(
+            f"judging.judges: task {task.name!r} has no rubric to judge by; leave the judges out (its exact checks need none) or choose another task"
+        )
     base, *candidates = generated
     made = []
     for index, judge in enumerate(study.judging.judges):
-        for protocol in study.judging.protocols:
+        for name in study.judging.protocols:
+            protocol = judging.PROTOCOLS[name]
             config = {
                 "version": VERSIONS["judge"],
                 "judge": judge,
-                "protocol": protocol,
+                "protocol": name,
+                "sampling": protocol.sampling,
                 "precision": study.precision,
-                "question": digest(task.judge("{request}", "{a}", "{b}")),
+                "questions": digest([protocol.choices, *(_sample_question(task, name, order) for order in protocol.orders)]),
             }
-            suffix = f"{protocol}-{index}"
+            suffix = f"{name}-{index}"
             made.append(Step("judge", f"{BROKEN}-{suffix}", config | {"candidate": BROKEN}, (base,)))
             made += [Step("judge", f"{step.name}-{suffix}", config | {"candidate": step.name}, (base, step)) for step in candidates]
     return made
+
+
+def _sample_question(task: Task, protocol: str, order: int) -> Conversation:
+    """A question about nothing: all of its text that is the rubric's and the protocol's."""
+    assert task.rubric is not None  # make_plan refuses judges without one
+    return judging.question(judging.PROTOCOLS[protocol], task.rubric, [{"role": "user", "content": "prompt"}], "baseline", "candidate", order)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -288,7 +301,8 @@ def cost(plan: Plan) -> dict[str, Any]:
     asked = len(plan.train_rows) + len(plan.evaluation_rows)
     models = len(plan.stage("generate"))
     evaluation = len(plan.evaluation_rows)
-    verdicts = len(plan.stage("judge")) * evaluation * 2
+    judged = Counter(str(step.config["protocol"]) for step in plan.stage("judge"))
+    verdicts = {name: pairs * evaluation * len(judging.PROTOCOLS[name].orders) for name, pairs in judged.items()}
     steps = sum(cell.steps for cell in plan.cells)
     rich = _tokens(task.rich, plan.train_rows) if task.rich else 0.0
     plain = _tokens(task.plain, plan.evaluation_rows)
@@ -300,14 +314,19 @@ def cost(plan: Plan) -> dict[str, Any]:
         "rows": asked,
         "training_rows": exposures,
         "steps": steps,
-        "requests": {"synthesize": asked if task.rich else 0, "generate": models * evaluation, "judge": verdicts},
+        "requests": {"synthesize": asked if task.rich else 0, "generate": models * evaluation, "judge": sum(verdicts.values())},
         "tokens_estimated": {
             "synthesize": round(asked * (rich + study.synthesis.sampling.max_tokens)) if task.rich else 0,
             "train": round(exposures * (trained_prompt + trained_answer)),
             "generate": round(models * evaluation * (plain + answer)),
-            "judge": round(verdicts * (plain + 2 * answer + _conversation_tokens(task.judge("", "", "")))),
+            "judge": round(sum(count * (plain + 2 * answer + _verdict_tokens(task, name)) for name, count in verdicts.items())),
         },
     }
+
+
+def _verdict_tokens(task: Task, protocol: str) -> float:
+    """Of a question without what is judged, and of its answer at its longest."""
+    return _conversation_tokens(_sample_question(task, protocol, 0)) + judging.PROTOCOLS[protocol].sampling.max_tokens
 
 
 def _tokens(prompt: Any, rows: tuple[Example, ...]) -> float:

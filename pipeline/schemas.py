@@ -46,7 +46,7 @@ GENERATIONS = _schema(
 
 VERDICTS = _schema(
     row_id=_TEXT, fields=_FIELDS, protocol=_TEXT, judge=_TEXT, order=_INT, raw=_TEXT, status=_TEXT, pick=(_TEXT, True),
-    prompt_tokens=_INT, completion_tokens=_INT,
+    explanation=(_TEXT, True), prompt_tokens=_INT, completion_tokens=_INT,
 )  # fmt: skip
 """One row per question to the judge. order: 0 shows the baseline first, 1 the candidate. pick: baseline or candidate."""
 

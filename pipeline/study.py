@@ -159,8 +159,10 @@ class Training(Model):
 
 
 class Judging(Model):
+    """Each judge compares by each protocol (see pipeline.judging); without a judge the exact checks and the loss stand alone."""
+
     judges: tuple[str, ...] = ()
-    protocols: tuple[Literal["blind"], ...] = Field(("blind",), min_length=1)
+    protocols: tuple[Literal["blind", "paper"], ...] = Field(("blind",), min_length=1)
 
     @field_validator("judges", "protocols")
     @classmethod

@@ -1,7 +1,7 @@
 """A model that plays a part: no weights, no wait, every answer a function of the request alone. For tests and dry runs.
 
 Names: `writer` writes sentences about its prompt; `rough` does too, and leaves one answer in eight blank and cuts one
-in eight short; `longest` judges by the longer post; `first` judges by position; `coin` by a seeded coin.
+in eight short; `longest` judges by the longer completion; `first` judges by position; `coin` by a seeded coin.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import re
 from pipeline.errors import UserError, nearest
 from pipeline.llm import Completion, Request
 
-PARTS = ("writer", "rough", "longest", "first", "coin")
+JUDGES = ("longest", "first", "coin")
+PARTS = ("writer", "rough", *JUDGES)
 _OPENINGS = ("Tired of the ordinary?", "Your week just got easier.", "Here is the one that lasts.", "Looking closer pays off!")
+_COMPLETIONS = re.compile(r"^### Completion [A1].*?\n(.*)\n\n### Completion [B2].*?\n(.*)\n\n(?:Which completion|### Criteria)", re.DOTALL | re.MULTILINE)
 _ENDINGS = ("Order yours today.", "Visit us this week.", "Try it now!", "Tell us what you think.")
 
 
@@ -29,7 +31,13 @@ class ScriptedModel:
         weights = request.adapter.path / "adapter_model.safetensors" if request.adapter else None
         known = hashlib.sha256(weights.read_bytes()).hexdigest() if weights and b"zero" not in weights.read_bytes() else "base"
         dice = random.Random(f"{known}|{request.seed}|{prompt}")
-        text, reason = (self._choose(prompt, request.choices, dice), "stop") if request.choices else self._write(prompt, dice)
+        if request.choices:
+            text, reason = request.choices[self._pick(prompt, dice)], "stop"
+        elif self._part in JUDGES and "[START_PICK]" in prompt:
+            pick = ("Baseline", "Finetune")[self._pick(prompt, dice)]
+            text, reason = f"[START_PICK]{pick} completion[END_PICK]\n[START_EXPLANATION]It is the one to take.[END_EXPLANATION]", "stop"
+        else:
+            text, reason = self._write(prompt, dice)
         ids = tuple(prompt.encode())
         logprobs = tuple(-random.Random(f"{known}|{index}").random() for index in range(len(ids) - 1)) if request.prompt_logprobs else None
         return Completion(text, reason, ids, len(text.split()), logprobs)
@@ -43,13 +51,12 @@ class ScriptedModel:
         middle = [f"{named} brings {dice.choice(words)} and {dice.choice(words)} together." for _ in range(dice.randint(1, 6))]
         return " ".join([dice.choice(_OPENINGS), *middle, dice.choice(_ENDINGS), f"#{dice.choice(words)}"]), "stop"
 
-    def _choose(self, prompt: str, choices: tuple[str, ...], dice: random.Random) -> str:
-        if self._part == "first":
-            return choices[0]
-        posts = re.search(r"Post A:\n(.*)\n\nPost B:\n(.*)\n\n", prompt, re.DOTALL)
-        if self._part == "longest" and posts and len(posts[1]) != len(posts[2]):
-            return choices[0] if len(posts[1]) > len(posts[2]) else choices[1]
-        return dice.choice(choices)
+    def _pick(self, prompt: str, dice: random.Random) -> int:
+        """0 for the first completion shown, 1 for the second."""
+        shown = _COMPLETIONS.search(prompt)
+        if self._part == "longest" and shown and len(shown[1]) != len(shown[2]):
+            return int(len(shown[1]) < len(shown[2]))
+        return 0 if self._part == "first" else dice.randrange(2)
 
     def close(self) -> None:
         pass

@@ -63,6 +63,20 @@ class DataFile(BaseModel):
         return data
 
 
+class Criterion(NamedTuple):
+    name: str
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What a judge needs to know to compare two answers; the protocols put it into words."""
+
+    subject: str
+    """What is compared, e.g. `sales posts for social media`."""
+    criteria: tuple[Criterion, ...]
+
+
 @dataclass(frozen=True)
 class Task:
     """A task variant. A study's [task] table is validated by `params` and handed to `train` and `evaluation`."""
@@ -84,8 +98,8 @@ class Task:
     """Fields -> what users of the fine-tune ask; the default for training, always used for evaluation."""
     parse: Callable[[Any, Mapping[str, str], str, bool], Parsed] | None
     """None without a teacher. Params, fields, what the teacher wrote, whether it came to its end -> the answer to train on, or a status."""
-    judge: Callable[[str, str, str], Conversation]
-    """Plain prompt, post A, post B (all neutralised) -> the question to a judge that answers A or B."""
+    rubric: Rubric | None
+    """None: the exact checks tell all there is, and no judge may be asked."""
     scores: Callable[[Mapping[str, str], str], dict[str, float]]
     """Fields (columns only), answer -> exact checks, each in [0, 1]."""
 
