@@ -47,6 +47,12 @@ def plan(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) 
     for stage, count in tokens.items():
         asked = f"{requests[stage]:,} requests" if stage in requests else f"{described['cost']['training_rows']:,} rows in {described['cost']['steps']:,} steps"
         console.print(f"{stage:<11} {asked}, about {count:,} tokens")
+    if limits := described["detectable"]:
+        alone, corrected = (f"{limits[key]:.2f}" if limits[key] else "none" for key in ("one_cell", "all_cells"))
+        console.print(
+            f"smallest win rate that {limits['prompts']} prompts in {limits['clusters']} clusters tell from 0.50 (power 0.8, intracluster correlation "
+            f"{limits['assumed_icc']} assumed): {alone} for one cell, {corrected} for all {len(described['cells'])} after Holm's correction"
+        )
 
 
 @app.command()

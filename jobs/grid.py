@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -49,23 +51,29 @@ def print_results(results: dict[str, object]) -> None:
         console.print(f"[{color}]{word}[/{color}] {gate['name']}: {gate['detail']}")
     if results["simulated"]:
         console.print(f"[bold red]Simulated: {', '.join(results['simulated'])} played by a scripted model[/bold red]")  # type: ignore[arg-type]
-    if not results["judge_trusted"]:
+    if results["judge_trusted"] is False:
         console.print("[bold red]The judge cannot be trusted; read the held-out loss and the checks, which need no judge.[/bold red]")
-    table = Table(title=f"study {results['study']}", box=None, padding=(0, 1, 0, 0))  # fits 80 columns
-    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", "checks", "win rate", "W/L/T/?"):
-        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
+    keys = [judge["key"] for judge in results["judges"]]  # type: ignore[attr-defined]
+    table = Table(title=f"study {results['study']}", box=None, padding=(0, 1, 0, 0))  # fits 80 columns with one judge
+    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", "checks", *(f"win rate W/L/T/? {key}" for key in keys)):
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=not column.startswith("win"))
     for cell in results["cells"]:  # type: ignore[attr-defined]
-        rates = list(cell["win_rates"].values())
         table.add_row(
             cell["name"], str(cell["rows"] or "–"), str(cell["steps"] or "–"), f"{cell['epochs']:.3g}" if cell["rows"] else "–",
             "–" if cell["heldout_loss"] is None else f"{cell['heldout_loss']:.3f}",
             f"{cell['heldout_change']['mean']:+.3f}" if cell["rows"] and cell["heldout_change"] else "–",
             f"{cell['score']['mean']:.2f}",
-            " ".join(f"{rate['rate']['mean']:.2f}" for rate in rates if rate["rate"]) or "–",
-            " ".join(f"{rate['wins']}/{rate['losses']}/{rate['ties']}/{rate['unparsed']}" for rate in rates) or "–",
+            *(_rate(cell["win_rates"].get(key)) for key in keys),
         )  # fmt: skip
     console.print(table)
     console.print("loss: held-out nats per token; checks: share of exact checks passed; W/L/T/?: won, lost, tied, unparsed")
+
+
+def _rate(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    rate = f"{found['rate']['mean']:.2f}" if found["rate"] else "–"
+    return f"{rate} {found['wins']}/{found['losses']}/{found['ties']}/{found['unparsed']}"
 
 
 if __name__ == "__main__":

@@ -293,7 +293,25 @@ def describe(plan: Plan, done: set[str]) -> dict[str, Any]:
         "stages": {stage: {"steps": len(plan.stage(stage)), "done": sum(step.key in done for step in plan.stage(stage))} for stage in STAGES},
         "missing": [step.key for step in plan.steps if step.key not in done],
         "cost": cost(plan),
+        "detectable": detectable(plan),
     }
+
+
+def detectable(plan: Plan) -> dict[str, Any] | None:
+    """The smallest win rate above 0.5 that the study tells from it, for one cell alone and for all after Holm's correction.
+
+    None without judges. A distance is None where no win rate would do.
+    """
+    if not plan.study.judging.judges:
+        return None
+    from pipeline.analysis.rates import ICC, smallest_detectable
+
+    prompts, clusters = len(plan.evaluation_rows), len({row.fields[plan.task.cluster] for row in plan.evaluation_rows})
+    alone, corrected = smallest_detectable(prompts, clusters), smallest_detectable(prompts, clusters, len(plan.cells))
+    return {
+        "prompts": prompts, "clusters": clusters, "assumed_icc": ICC, "power": 0.8,
+        "one_cell": alone and 0.5 + alone, "all_cells": corrected and 0.5 + corrected,
+    }  # fmt: skip
 
 
 def cost(plan: Plan) -> dict[str, Any]:

@@ -1,13 +1,10 @@
-"""Means with intervals that respect clusters, win rates, and what another doubling of data would change."""
+"""Means with intervals that respect clusters, and what another doubling of data would change."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
-
-from pipeline.judging import Outcome
 
 
 class Estimate(NamedTuple):
@@ -40,28 +37,6 @@ def cluster_mean(values: Sequence[float], clusters: Sequence[str], level: float 
     error = math.sqrt(groups / (groups - 1) * math.fsum(total**2 for total in sums.values())) / count
     reach = float(t.ppf(0.5 + level / 2, groups - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, count)
-
-
-class WinRate(NamedTuple):
-    """Verdicts on one candidate. rate: wins plus half the ties, of the pairs that were parsed."""
-
-    wins: int
-    losses: int
-    ties: int
-    unparsed: int
-    rate: Estimate | None
-
-
-def win_rate(outcomes: Mapping[str, Outcome], clusters: Mapping[str, str]) -> WinRate:
-    """From row id -> outcome and row id -> cluster; the interval is cut to [0, 1]."""
-    counts = Counter(outcomes.values())
-    worth = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-    rows = [row for row, outcome in outcomes.items() if outcome in worth]
-    rate = None
-    if rows:
-        raw = cluster_mean([worth[outcomes[row]] for row in rows], [clusters[row] for row in rows])
-        rate = raw._replace(low=None if raw.low is None else max(0.0, raw.low), high=None if raw.high is None else min(1.0, raw.high))
-    return WinRate(counts["win"], counts["loss"], counts["tie"], counts["unparsed"], rate)
 
 
 class Doubling(NamedTuple):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-from pipeline.analysis.estimates import WinRate
+from typing import Any, NamedTuple
 
 EVEN_LEVEL = 0.05
 """Base against base is called uneven below this two-sided p value: it then fails for one sound judge in twenty at most."""
@@ -20,24 +18,30 @@ class Gate(NamedTuple):
     passed: bool
     detail: str
     about: str
-    """judge or machinery."""
+    """machinery, or the key of the protocol and judge."""
 
 
-def even_gate(judge: str, same: WinRate) -> Gate:
-    """The untouched model against itself (through an adapter of no training): as many wins as losses."""
-    from scipy.stats import binomtest
+def even_gate(key: str, judge: str, same: Mapping[str, Any]) -> Gate:
+    """The untouched model against itself (through an adapter of no training): as many wins as losses.
 
-    decided = same.wins + same.losses
-    p = float(binomtest(same.wins, decided).pvalue) if decided else 1.0
-    detail = f"{same.wins} wins, {same.losses} losses, {same.ties} ties, {same.unparsed} unparsed of the base against itself (p = {p:.2f})"
-    return Gate(f"base against base comes out even ({judge})", p >= EVEN_LEVEL and same.rate is not None, detail, "judge")
+    same: wins, losses, ties, unparsed, and rate with its p value (analysis.rates.Rate), None where nothing was parsed.
+    """
+    rate = same["rate"]
+    p = 0.0 if rate is None else rate["p"]
+    if p is None:  # one cluster: prompts are all that there is to count
+        from scipy.stats import binomtest
+
+        decided = same["wins"] + same["losses"]
+        p = float(binomtest(same["wins"], decided).pvalue) if decided else 1.0
+    counts = f"{same['wins']} wins, {same['losses']} losses, {same['ties']} ties, {same['unparsed']} unparsed"
+    return Gate(f"base against base comes out even ({judge})", p >= EVEN_LEVEL, f"{counts} of the base against itself (p = {p:.2f})", key)
 
 
-def broken_gate(judge: str, spoilt: WinRate) -> Gate:
+def broken_gate(key: str, judge: str, spoilt: Mapping[str, Any]) -> Gate:
     """Answers with their words in alphabetical order against the answers themselves."""
-    rate = spoilt.rate.mean if spoilt.rate else 1.0
+    rate = spoilt["rate"]["mean"] if spoilt["rate"] else 1.0
     detail = f"spoilt answers reach a win rate of {rate:.2f}; at most {BROKEN_AT_MOST} is allowed, 0.50 is a judge that does not look"
-    return Gate(f"a broken answer loses ({judge})", rate <= BROKEN_AT_MOST, detail, "judge")
+    return Gate(f"a broken answer loses ({judge})", rate <= BROKEN_AT_MOST, detail, key)
 
 
 def adapter_gate(base: Sequence[float], zero: Sequence[float], cells: Mapping[str, Sequence[float]], precision: str) -> Gate:

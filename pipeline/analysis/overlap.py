@@ -36,17 +36,26 @@ def overlap(texts: Sequence[str], others: Sequence[str], n: int = NGRAM) -> Over
 
     n-grams that more than half of the texts share are the prompt's template; they say nothing and are left out.
     """
+    whole = {_normal(other) for other in others}
+    shares = ngram_shares(texts, others, n, template=True)
+    return Overlap(len(texts), sum(_normal(text) in whole for text in texts), tuple(share for share in shares if share is not None))
+
+
+def ngram_shares(texts: Sequence[str], others: Sequence[str], n: int = NGRAM, template: bool = False) -> list[float | None]:
+    """Of each text, the share of its distinct n-grams that `others` hold; None for a text too short to have one.
+
+    template: leave out what more than half of the texts share.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
 
     words = CountVectorizer(ngram_range=(n, n), token_pattern=r"(?u)\w+").build_analyzer()
     grams = [set(words(text)) for text in texts]
-    spread = Counter(gram for found in grams for gram in found)
-    if len(texts) > 1:
+    if template and len(texts) > 1:
+        spread = Counter(gram for found in grams for gram in found)
         grams = [{gram for gram in found if spread[gram] * 2 <= len(texts)} for found in grams]
     wanted = set().union(*grams) if grams else set()
     known = {gram for other in others for gram in words(other) if gram in wanted}
-    whole = {_normal(other) for other in others}
-    return Overlap(len(texts), sum(_normal(text) in whole for text in texts), tuple(len(found & known) / len(found) for found in grams if found))
+    return [len(found & known) / len(found) if found else None for found in grams]
 
 
 def _normal(text: str) -> str:

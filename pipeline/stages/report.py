@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import judging
 from pipeline.analysis import estimates, gates
+from pipeline.analysis.overlap import NGRAM, ngram_shares, overlap
 from pipeline.artifacts import Manifest, Step, Store, commit, provenance, read_manifest, read_table
-from pipeline.plan import BASE, BROKEN, STAGES, ZERO, Plan, cost, steps_of
+from pipeline.plan import BASE, BROKEN, STAGES, ZERO, Plan, cost, detectable, steps_of
 from pipeline.schemas import STATUSES
-from pipeline.stages import Context, Failed, Steps
+from pipeline.stages import Context, Failed, Steps, report_pairs, report_verdicts
 from pipeline.stages.report_page import page
 
 Report = dict[str, bytes | pa.Table]
@@ -34,27 +34,47 @@ def make_report(plan: Plan, store: Store) -> Report:
     trained = [step for step in plan.stage("train") if step in found]
     heldout = {step.name: {row["row_id"]: row for row in _rows(store, step, "heldout")} for step in trained}
     logs = {step.name: _rows(store, step, "train_log") for step in trained}
-    verdicts = {step.name: (step, _rows(store, step, "verdicts")) for step in plan.stage("judge") if step in found}
     scored = [row for name, rows in answers.items() for row in _scored(plan, name, rows)]
+    judged = report_verdicts.read(plan, store, [step for step in plan.stage("judge") if step in found])
 
-    wins = {name: _win_rate(plan, rows) for name, (_, rows) in verdicts.items()}
-    checks = _gates(plan, answers, heldout, wins)
-    cells = [_cell(plan, name, scored, heldout, wins, logs) for name in (BASE, ZERO, *(cell.name for cell in plan.cells)) if name in answers]
+    overall, tiers = report_verdicts.by_candidate(plan, judged), report_verdicts.by_tier(plan, judged)
+    lengths = {name: {row["row_id"]: len(row["raw"]) for row in rows} for name, rows in answers.items()}
+    controlled = report_verdicts.length_controlled(plan, judged, lengths, BASE) if BASE in answers else {}
+    checks = _gates(plan, answers, heldout, overall)
+    copied = _copied(store, plan, found, answers)
+    cells = []
+    for name in (BASE, ZERO, *(cell.name for cell in plan.cells)):
+        if name in answers:
+            cell = _cell(plan, name, [row for row in scored if row["cell"] == name], heldout, logs)
+            rated = overall.get(name, {})
+            cell["win_rates"] = {
+                item["key"]: rated[item["key"]] | {"length_controlled": controlled.get(name, {}).get(item["key"])}
+                for item in report_verdicts.keys(plan)
+                if item["key"] in rated
+            }
+            for tier, part in cell["tiers"].items():
+                part["win_rates"] = tiers.get(tier, {}).get(name, {})
+            cells.append(cell | {"copied": copied.get(name)})
+    trusted = {item["key"]: all(gate.passed for gate in checks if gate.about == item["key"]) for item in report_verdicts.keys(plan)}
     results = {
         "study": plan.study.name,
         "simulated": list(plan.study.simulated),
         "gates": [gate._asdict() for gate in checks],
-        "judge_trusted": all(gate.passed for gate in checks if gate.about == "judge"),
-        "judges": [_judge_habits(judge, [rows for step, rows in verdicts.values() if step.config["judge"] == judge]) for judge in plan.study.judging.judges],
+        "judge_trusted": any(trusted.values()) if trusted else None,
+        "judges": [item | {"trusted": trusted[item["key"]]} for item in report_verdicts.habits(plan, judged)],
+        "agreement": report_verdicts.alphas(judged),
         "cells": cells,
         "missing_cells": [cell.name for cell in plan.cells if cell.name not in answers],
+        "breakdown": report_verdicts.breakdown(plan, judged),
         "doubling": _doubling(plan, cells),
         "same_rows_seen": [
             {"steps": steps, "sizes": sizes}
             for steps, sizes in estimates.confounded((cell.rows, cell.steps, plan.study.training.global_batch) for cell in plan.cells)
         ],
+        "overlap": _prompt_overlap(store, plan, found),
+        "detectable": detectable(plan),
         "rows": _row_counts(plan, store, found),
-        "subsets": {step.name: found[step].facts["drawn"] for step in plan.stage("subset") if step in found},
+        "subsets": {step.name: {"drawn": found[step].facts["drawn"], "rows": found[step].facts["rows"]} for step in plan.stage("subset") if step in found},
         "ledger": _ledger(found),
         "cost_planned": cost(plan),
         "resolved_study": plan.study.model_dump(mode="json"),
@@ -63,23 +83,20 @@ def make_report(plan: Plan, store: Store) -> Report:
     curves = [
         {"cell": name, **{key: row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "tokens")}} for name, rows in logs.items() for row in rows
     ]
-    every_verdict = [{"candidate": step.config["candidate"], **_flat(plan, row)} for step, rows in verdicts.values() for row in rows]
-    return {
-        "report.html": page(plan, results, curves, answers).encode(),
+    tables: Report = {
         "results.json": json.dumps(results, indent=1).encode(),
         "answers.parquet": pa.Table.from_pylist(scored),
-        "verdicts.parquet": pa.Table.from_pylist(every_verdict),
         "train_log.parquet": pa.Table.from_pylist(curves),
     }
+    if judged is not None:
+        tables["verdicts.parquet"] = judged.verdicts
+    pairs, beside = report_pairs.pairs(plan, answers, judged)
+    return {"report.html": page(plan, results, curves, pairs).encode(), **beside, **tables}
 
 
 def _rows(store: Store, step: Step, name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_table(store, step, f"{name}.parquet").to_pylist(maps_as_pydicts="strict")
     return rows
-
-
-def _flat(plan: Plan, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in row.items() if key != "fields"}, **{column: row["fields"][column] for column in plan.task.columns}}
 
 
 def _scored(plan: Plan, name: str, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -90,39 +107,12 @@ def _scored(plan: Plan, name: str, rows: list[dict[str, Any]]) -> Iterator[dict[
         yield {"cell": name, **kept, **{column: row["fields"][column] for column in plan.task.columns}, **scores}
 
 
-def _win_rate(plan: Plan, rows: list[dict[str, Any]]) -> estimates.WinRate:
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        pairs.setdefault(row["row_id"], []).append(row)
-    outcomes = {row_id: judging.outcome(picks) for row_id, picks in pairs.items()}
-    return estimates.win_rate(outcomes, {row_id: picks[0]["fields"][plan.task.cluster] for row_id, picks in pairs.items()})
-
-
-def _judge_habits(judge: str, tables: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """How often the judge takes the first post, and how often it changes its mind when the posts change places."""
-    rows = [row for table in tables for row in table if row["pick"] is not None]
-    first = sum((row["pick"] == "baseline") == (row["order"] == 0) for row in rows)
-    pairs: dict[tuple[int, str], set[str]] = {}
-    for index, table in enumerate(tables):
-        for row in table:
-            pairs.setdefault((index, row["row_id"]), set()).add(row["pick"])
-    flips = sum(len(picks) > 1 for picks in pairs.values())
-    return {
-        "judge": judge,
-        "verdicts": sum(len(table) for table in tables),
-        "unparsed": sum(len(table) for table in tables) - len(rows),
-        "first_position_share": first / len(rows) if rows else None,
-        "flip_rate": flips / len(pairs) if pairs else None,
-    }
-
-
-def _gates(plan: Plan, answers: Mapping[str, Any], heldout: Mapping[str, Any], wins: Mapping[str, estimates.WinRate]) -> list[gates.Gate]:
+def _gates(plan: Plan, answers: Mapping[str, Any], heldout: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]]) -> list[gates.Gate]:
     found = []
-    for index, judge in enumerate(plan.study.judging.judges):
-        for protocol in plan.study.judging.protocols:
-            names = f"{ZERO}-{protocol}-{index}", f"{BROKEN}-{protocol}-{index}"
-            if all(name in wins for name in names):
-                found += [gates.even_gate(judge, wins[names[0]]), gates.broken_gate(judge, wins[names[1]])]
+    for item in report_verdicts.keys(plan):
+        key, judge = item["key"], f"{item['judge']}, protocol {item['protocol']}"
+        if key in judged.get(ZERO, {}) and key in judged.get(BROKEN, {}):
+            found += [gates.even_gate(key, judge, judged[ZERO][key]), gates.broken_gate(key, judge, judged[BROKEN][key])]
     if BASE in answers and ZERO in answers:
         probes = {name: rows[0]["prompt_logprobs"] or [] for name, rows in answers.items()}
         base, zero = probes.pop(BASE), probes.pop(ZERO)
@@ -133,44 +123,75 @@ def _gates(plan: Plan, answers: Mapping[str, Any], heldout: Mapping[str, Any], w
     return found
 
 
-def _cell(
-    plan: Plan, name: str, scored: list[dict[str, Any]], heldout: Mapping[str, Any], wins: Mapping[str, estimates.WinRate], logs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _cell(plan: Plan, name: str, mine: list[dict[str, Any]], heldout: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, Any]:
     cell = plan.cell_of(plan.by_name["generate", name])
-    mine = [row for row in scored if row["cell"] == name]
-    checks = list(plan.task.scores(mine[0], "x"))
-    cluster = plan.task.cluster
-    scores = {check: sum(row[check] for row in mine) / len(mine) for check in checks}
-    total = estimates.cluster_mean([sum(row[check] for check in checks) / len(checks) for row in mine], [row[cluster] for row in mine])
+    tiers = {row.row_id: row.tier for row in plan.evaluation_rows}
     # An adapter of no training is the base, so its held-out loss is the base's.
     own, base = heldout.get(ZERO if name == BASE else name, {}), heldout.get(ZERO, {})
-    shared = sorted(own.keys() & base.keys())
-    clusters = {row["row_id"]: row[cluster] for row in mine}
-    loss = change = None
-    if shared:
-        loss = sum(own[row]["nll"] for row in shared) / sum(own[row]["tokens"] for row in shared)
-        change = estimates.cluster_mean([(own[row]["nll"] - base[row]["nll"]) / own[row]["tokens"] for row in shared], [clusters[row] for row in shared])
     return {
         "name": name,
         "rows": cell.rows if cell else 0,
         "steps": cell.steps if cell else 0,
         "epochs": cell.epochs if cell else 0.0,
+        "draw": cell.draw if cell else None,
+        "seed": cell.seed if cell else None,
         "series": series(plan, cell.rows, cell.steps) if cell else name,
-        "heldout_loss": loss,
-        "heldout_rows": len(shared),
-        "heldout_change": change._asdict() if change else None,
-        "scores": scores,
-        "score": total._asdict(),
+        **_measures(plan, mine, own, base),
+        "tiers": {tier: _measures(plan, [row for row in mine if tiers[row["row_id"]] == tier], own, base) for tier in sorted(set(tiers.values()))},
         "answer_tokens": sum(row["completion_tokens"] for row in mine) / len(mine),
         "answer_status": {status: sum(row["status"] == status for row in mine) for status in STATUSES if any(row["status"] == status for row in mine)},
         "train_loss_last": logs[name][-1]["loss"] if logs.get(name) else None,
-        "win_rates": {
-            f"{protocol}-{index}": {**wins[key]._asdict(), "rate": rate._asdict() if (rate := wins[key].rate) else None}
-            for index in range(len(plan.study.judging.judges))
-            for protocol in plan.study.judging.protocols
-            if (key := f"{name}-{protocol}-{index}") in wins
-        },
     }
+
+
+def _measures(plan: Plan, mine: list[dict[str, Any]], own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """What needs no judge, of one cell's answers: exact checks, and the held-out loss where the teacher's answer was usable."""
+    checks = list(plan.task.scores(mine[0], "x"))
+    clusters = {row["row_id"]: row[plan.task.cluster] for row in mine}
+    shared = sorted(own.keys() & base.keys() & clusters.keys())
+    loss = change = None
+    if shared:
+        loss = sum(own[row]["nll"] for row in shared) / sum(own[row]["tokens"] for row in shared)
+        change = estimates.cluster_mean([(own[row]["nll"] - base[row]["nll"]) / own[row]["tokens"] for row in shared], [clusters[row] for row in shared])
+    total = estimates.cluster_mean([sum(row[check] for check in checks) / len(checks) for row in mine], list(clusters.values()))
+    return {
+        "prompts": len(mine),
+        "heldout_loss": loss,
+        "heldout_rows": len(shared),
+        "heldout_change": change._asdict() if change else None,
+        "scores": {check: sum(row[check] for row in mine) / len(mine) for check in checks},
+        "score": total._asdict(),
+    }
+
+
+def _prompt_overlap(store: Store, plan: Plan, found: Mapping[Step, Manifest]) -> dict[str, Any] | None:
+    """Evaluation prompts in the training rows: word for word among their prompts, and by n-grams in prompts and answers."""
+    rows = _training_rows(store, plan, found)
+    if not rows:
+        return None
+    prompts = [plan.task.plain(row.fields)[-1]["content"] for row in plan.evaluation_rows]
+    trained = [json.loads(row["conversation"])[-1]["content"] for row in rows]
+    exact, repeated = overlap(prompts, trained).exact, overlap(prompts, [f"{prompt} {row['answer']}" for prompt, row in zip(trained, rows, strict=True)])
+    return {"prompts": len(prompts), "training_rows": len(rows), "exact": exact, "ngram": NGRAM, "mean": repeated.mean, "contaminated": repeated.contaminated}
+
+
+def _copied(store: Store, plan: Plan, found: Mapping[Step, Manifest], answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, float | None]:
+    """Of each cell's answers, the mean share of n-grams that stand in the largest subset's answers."""
+    trained = [row["answer"] for row in _training_rows(store, plan, found)]
+    names, texts = list(answers), [[row["raw"] for row in rows] for rows in answers.values()]
+    # One look for all cells; a phrase that many answers share is then not taken for a template, as each text counts once.
+    shares = ngram_shares([text for part in texts for text in part], trained) if trained else []
+    made: dict[str, float | None] = {}
+    for name, part in zip(names, texts, strict=True):
+        mine, shares = [share for share in shares[: len(part)] if share is not None], shares[len(part) :]
+        made[name] = sum(mine) / len(mine) if mine else None
+    return made
+
+
+def _training_rows(store: Store, plan: Plan, found: Mapping[Step, Manifest]) -> list[dict[str, Any]]:
+    """Of the largest subset that is built."""
+    built = [step for step in plan.stage("subset") if step in found]
+    return _rows(store, max(built, key=lambda step: int(step.config["size"])), "subset") if built else []
 
 
 def series(plan: Plan, rows: int, steps: int) -> str:
