@@ -96,7 +96,13 @@ def test_null_in_a_required_column_raises_value_error_that_names_row_and_column(
 
 
 def test_columns_that_may_be_null_are_the_values_of_a_parse_and_the_probe():
-    assert nullable == [("EXAMPLES", "answer"), ("GENERATIONS", "answer"), ("GENERATIONS", "prompt_logprobs"), ("VERDICTS", "pick")]
+    assert nullable == [
+        ("EXAMPLES", "answer"),
+        ("GENERATIONS", "answer"),
+        ("GENERATIONS", "prompt_logprobs"),
+        ("VERDICTS", "pick"),
+        ("VERDICTS", "explanation"),
+    ]
 
 
 @with_status

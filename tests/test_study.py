@@ -106,7 +106,7 @@ def test_empty_file_raises_user_error_with_every_missing_key(tmp_path: Path):
     path.write_text("", encoding="utf-8")
     with pytest.raises(UserError) as error:
         load_study(path)
-    for key in ("name", "base", "task", "synthesis", "evaluation", "subsets", "judging"):
+    for key in ("name", "base", "task", "synthesis", "evaluation", "subsets"):
         assert f"'{key}' is missing" in str(error.value)
 
 
@@ -145,7 +145,7 @@ def test_several_mistakes_are_all_named_at_once():
     assert all(part in str(error.value) for part in ("'trainin'", "'subsets.size'", "'base' is missing"))
 
 
-@pytest.mark.parametrize("path", ["name", "base", "task", "synthesis", "synthesis__teacher", "evaluation", "subsets", "subsets__sizes", "judging__judges"])
+@pytest.mark.parametrize("path", ["name", "base", "task", "synthesis", "synthesis__teacher", "evaluation", "subsets", "subsets__sizes"])
 def test_missing_key_raises_user_error_that_names_it(path: str):
     with pytest.raises(UserError, match=rf"'{path.replace('__', '.')}' is missing"):
         study(**{path: None})
@@ -189,8 +189,9 @@ def test_missing_key_raises_user_error_that_names_it(path: str):
         ("training__warmup_steps", -1),
         ("training__schedule", "cosine"),
         ("training__quantization", "int8"),
-        ("judging__judges", []),
+        ("judging__judges", "scripted/longest"),
         ("judging__protocols", ["loud"]),
+        ("judging__protocols", []),
     ],
 )
 def test_bad_value_raises_user_error_that_names_the_place(path: str, value: Any):
@@ -248,6 +249,16 @@ def test_study_cannot_be_changed(part: str, field: str):
     target = loaded if part == "self" else getattr(loaded, part)
     with pytest.raises(ValidationError, match="frozen"):
         setattr(target, field, getattr(target, field))
+
+
+@pytest.mark.parametrize("protocols", [["blind"], ["paper"], ["blind", "paper"], ["paper", "blind"]], ids=" ".join)
+def test_either_protocol_and_both_are_taken(protocols: list[str]):
+    assert study(judging__protocols=protocols).judging.protocols == tuple(protocols)
+
+
+@pytest.mark.parametrize("paths", [{"judging": None}, {"judging": {}}, {"judging__judges": []}], ids=["no table", "empty table", "empty list"])
+def test_study_may_do_without_a_judge(paths: dict[str, Any]):
+    assert study(**paths).judging.judges == ()
 
 
 # ---------------------------------------------------------------- model names
