@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pipeline.neutral import neutralised
+from pipeline.neutral import EMPTY, neutralised
 from pipeline.study import Sampling
 from pipeline.tasks import Conversation, Rubric
 
@@ -97,7 +97,7 @@ def _ask_paper(rubric: Rubric, prompt: Conversation, first: str, second: str) ->
     text = (
         f"Two language models answered the same prompts: {rubric.subject}. Completion 1 is by the baseline model, completion 2 by the fine-tuned one. "
         f"Decide which completion meets the criteria below better, all in all, and explain your decision. {_DATA}\n\n"
-        f"### System prompt\n{system}\n\n### User prompt\n{user}\n\n"
+        f"### System prompt\n{system or EMPTY}\n\n### User prompt\n{user}\n\n"
         f"### Completion 1 (baseline)\n{first}\n\n### Completion 2 (fine-tuned)\n{second}\n\n"
         f"### Criteria\n{_criteria(rubric)}\n\n"
         "### Format of your answer\n"
@@ -111,10 +111,11 @@ def _ask_paper(rubric: Rubric, prompt: Conversation, first: str, second: str) ->
 def _parse_paper(message: str, finish_reason: str, order: int) -> Verdict:
     """The only closed pick block counts if it names one completion; several say nothing about which of them is the judge's."""
     picks, explanations = _blocks(message, "PICK"), _blocks(message, "EXPLANATION")
+    explanation = explanations[0] if len(explanations) == 1 else None
     if not picks:
-        return Verdict("truncated" if finish_reason == "length" else "unparsed", None)
+        return Verdict("truncated" if finish_reason == "length" else "unparsed", None, explanation)
     pick = _named(picks[0]) if len(picks) == 1 else None
-    return Verdict("ok" if pick else "unparsed", pick, explanations[0] if len(explanations) == 1 else None)
+    return Verdict("ok" if pick else "unparsed", pick, explanation)
 
 
 def _blocks(message: str, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.plan import STAGES, Plan, describe, make_plan
 from pipeline.study import Study, load_study, parse
+from pipeline.tasks import posts
 
 pytestmark = pytest.mark.fast
 
@@ -115,6 +117,28 @@ def test_a_plan_made_twice_is_the_same(laptop: Plan):
     assert [step.key for step in again.steps] == [step.key for step in laptop.steps]
     assert again.train_rows == laptop.train_rows
     assert again.evaluation_rows == laptop.evaluation_rows
+
+
+def test_each_judge_judges_by_each_protocol():
+    plan = planned(judging__judges=["scripted/longest", "scripted/coin"], judging__protocols=["blind", "paper"])
+    wanted = {f"{protocol}-{index}" for protocol in ("blind", "paper") for index in (0, 1)}
+    assert {step.name.removeprefix("zero-") for step in plan.stage("judge") if step.name.startswith("zero-")} == wanted
+    assert len(plan.stage("judge")) == 17 * 4
+
+
+def test_without_a_judge_nothing_is_judged_and_all_else_stays(laptop: Plan):
+    plan = planned(judging__judges=[])
+    assert plan.stage("judge") == []
+    assert keys(laptop) - keys(plan) == keys(laptop, "judge", "report")
+
+
+def test_judge_of_a_task_without_a_rubric_is_refused_and_no_judge_is_fine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(posts, "TASK", dataclasses.replace(posts.TASK, rubric=None))
+    with pytest.raises(UserError, match=r"judging\.judges: task 'posts' has no rubric"):
+        planned()
+    plan = planned(judging__judges=[])
+    assert plan.stage("judge") == []
+    assert describe(plan, set())["cost"]["requests"]["judge"] == 0
 
 
 def test_a_protocol_named_twice_is_refused_or_planned_once():
@@ -238,6 +262,26 @@ def test_another_judge_leaves_every_old_step(laptop: Plan):
     assert {key.split("/")[0] for key in keys(more) - keys(laptop)} == {"judge", "report"}
 
 
+def test_another_protocol_leaves_every_old_step(laptop: Plan):
+    more = planned(judging__protocols=["blind", "paper"])
+    assert keys(laptop) - keys(more) == keys(laptop, "report")
+    assert Counter(key.split("/")[0] for key in keys(more) - keys(laptop)) == {"judge": 17, "report": 1}
+
+
+@pytest.mark.parametrize("protocol", ["blind", "paper"])
+def test_another_word_in_the_rubric_touches_the_verdicts_alone(monkeypatch: pytest.MonkeyPatch, protocol: str):
+    before, rubric = planned(judging__protocols=[protocol]), posts.TASK.rubric
+    assert rubric is not None
+    first, *others = rubric.criteria
+    for other in (
+        dataclasses.replace(rubric, subject="posts"),
+        dataclasses.replace(rubric, criteria=(first._replace(explanation="it is clear"), *others)),
+        dataclasses.replace(rubric, criteria=tuple(others)),
+    ):
+        monkeypatch.setattr(posts, "TASK", dataclasses.replace(posts.TASK, rubric=other))
+        assert touched_stages(before, planned(judging__protocols=[protocol])) == {"judge", "report"}
+
+
 @pytest.mark.parametrize(
     "paths",
     [{"synthesis__sampling__temperature": 0.8}, {"synthesis__sampling__stop": []}, {"synthesis__teacher": "scripted/writer"}, {"task__trim": False}],
@@ -352,6 +396,13 @@ def test_cost_counts_rows_steps_and_requests(laptop: Plan):
     assert cost["requests"] == {"synthesize": 188, "generate": 17 * 12, "judge": 17 * 12 * 2}
     assert set(cost["tokens_estimated"]) == {"synthesize", "train", "generate", "judge"}
     assert all(isinstance(tokens, int) and tokens > 0 for tokens in cost["tokens_estimated"].values())
+
+
+@pytest.mark.parametrize(("protocols", "questions"), [(["blind"], 2), (["paper"], 1), (["blind", "paper"], 3)], ids=["blind", "paper", "both"])
+def test_cost_counts_the_questions_of_each_protocol(protocols: list[str], questions: int):
+    cost = describe(planned(judging__protocols=protocols), set())["cost"]
+    assert cost["requests"]["judge"] == 17 * 12 * questions
+    assert cost["tokens_estimated"]["judge"] > cost["requests"]["judge"] * 2 * 96  # both answers are read
 
 
 def test_cost_of_longer_answers_is_higher(laptop: Plan):

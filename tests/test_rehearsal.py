@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -116,6 +117,38 @@ def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray
     assert [gate["passed"] for gate in results["gates"] if gate["about"] == "judge"] == [True, False]
     assert results["judges"][0]["first_position_share"] == 1.0
     assert results["judges"][0]["flip_rate"] == 1.0
+
+
+def test_both_protocols_judge_every_pair_and_an_empty_answer_like_any_other(tmp_path, ray_address):
+    store = tmp_path / "store"
+    study = small(
+        tmp_path, ('base = "scripted/writer"', 'base = "scripted/rough"'), ("count = 3", "count = 20"),
+        ('judges = ["scripted/longest"]', 'judges = ["scripted/longest"]\nprotocols = ["blind", "paper"]'),
+    )  # fmt: skip
+    run = datadose("run", study, store=store, RAY_ADDRESS=ray_address)
+    assert run.returncode == 0, run.stderr
+    files = report_files(store, "small")
+    rows = pq.read_table(files["verdicts.parquet"]).to_pylist()
+    showings = [("blind", 0), ("blind", 1), ("paper", 0)]
+    wanted = {(candidate, *showing): 20 for candidate in ("broken", "zero", "n00008-s0002-seed3407") for showing in showings}
+    assert Counter((row["candidate"], row["protocol"], row["order"]) for row in rows) == wanted
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {(row["protocol"], row["explanation"] is None) for row in rows} == {("blind", True), ("paper", False)}
+    answers = pq.read_table(files["answers.parquet"]).to_pylist()
+    written = {row["row_id"] for row in answers if row["cell"] == "base" and row["raw"]}
+    blank = {row["row_id"] for row in answers if row["cell"] == "zero" and not row["raw"]}
+    lost = [row["pick"] for row in rows if row["candidate"] == "zero" and row["row_id"] in written & blank]
+    assert set(lost) == {"baseline"}
+
+
+def test_study_without_a_judge_ends_with_a_report_that_needs_none(tmp_path, ray_address):
+    store = tmp_path / "store"
+    run = datadose("run", small(tmp_path, ('[judging]\njudges = ["scripted/longest"]\n', "")), store=store, RAY_ADDRESS=ray_address)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(report_files(store, "small")["results.json"].read_text())
+    assert results["judges"] == []
+    assert all(cell["heldout_loss"] is not None and cell["win_rates"] == {} for cell in results["cells"])
+    assert datadose("report", tmp_path / "small.toml", "--out", tmp_path / "out", store=store).returncode == 0
 
 
 def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path, ray_address):

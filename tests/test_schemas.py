@@ -103,6 +103,7 @@ def test_columns_that_may_be_null_are_the_values_of_a_parse_the_probe_and_what_o
         ("GENERATIONS", "answer"),
         ("GENERATIONS", "prompt_logprobs"),
         ("VERDICTS", "pick"),
+        ("VERDICTS", "explanation"),
     ]
 
 

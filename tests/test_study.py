@@ -196,7 +196,9 @@ def test_missing_key_raises_user_error_that_names_it(path: str):
         ("training__warmup_steps", -1),
         ("training__schedule", "cosine"),
         ("training__quantization", "int8"),
+        ("judging__judges", "scripted/longest"),
         ("judging__protocols", ["loud"]),
+        ("judging__protocols", []),
     ],
 )
 def test_bad_value_raises_user_error_that_names_the_place(path: str, value: Any):
@@ -254,6 +256,16 @@ def test_study_cannot_be_changed(part: str, field: str):
     target = loaded if part == "self" else getattr(loaded, part)
     with pytest.raises(ValidationError, match="frozen"):
         setattr(target, field, getattr(target, field))
+
+
+@pytest.mark.parametrize("protocols", [["blind"], ["paper"], ["blind", "paper"], ["paper", "blind"]], ids=" ".join)
+def test_either_protocol_and_both_are_taken(protocols: list[str]):
+    assert study(judging__protocols=protocols).judging.protocols == tuple(protocols)
+
+
+@pytest.mark.parametrize("paths", [{"judging": None}, {"judging": {}}, {"judging__judges": []}], ids=["no table", "empty table", "empty list"])
+def test_study_may_do_without_a_judge(paths: dict[str, Any]):
+    assert study(**paths).judging.judges == ()
 
 
 # ---------------------------------------------------------------- model names
