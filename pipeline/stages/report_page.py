@@ -216,12 +216,12 @@ def _identity(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _by_rows(flat: list[dict[str, Any]], measure: str, title: str, base: float, x: str = "rows", log: bool = False) -> Any:
     """A measure with its interval by size, or by passes over the rows; one line per exposure, or per size."""
     data = alt.Data(values=flat)
-    series = alt.Color("series:N", title="trained for", scale=alt.Scale(range=COLORS))
+    series = alt.Color("series:N", title="trained for", sort=None, scale=alt.Scale(range=COLORS))
     sizes = alt.Color("rows:O", title="rows", scale=alt.Scale(scheme="viridis", reverse=True))
     color, axis = (series, alt.Axis(values=sorted({row["rows"] for row in flat}))) if x == "rows" else (sizes, alt.Axis(tickCount=6))
     words = "distinct training rows" if x == "rows" else "epochs"
     across = alt.X(f"{x}:Q", title=words, scale=alt.Scale(type="log", nice=False, padding=24), axis=axis)
-    scale = alt.Scale(type="log", zero=False) if log else alt.Scale(zero=False)
+    scale = alt.Scale(type="log", nice=False, padding=12) if log else alt.Scale(zero=False)
     y = alt.Y(f"{measure}:Q", title=title, scale=scale)
     tip = ["cell:N", "rows:Q", "epochs:Q", alt.Tooltip(f"{measure}:Q", format=".3f")]
     points = alt.Chart(data).encode(x=across, y=y, color=color, tooltip=tip)

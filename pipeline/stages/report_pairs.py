@@ -37,8 +37,9 @@ def pairs(plan: Plan, answers: Mapping[str, list[dict[str, Any]]], judged: Judge
         for row in answers[BASE]
     ]
     order = [row["row_id"] for row in answers[BASE]]
-    made = {"columns": columns, "count": len(rows) * len(cells), "names": cells}
-    if made["count"] <= INLINE:
+    count = len(rows) * len(cells)
+    made: dict[str, Any] = {"columns": columns, "count": count, "names": cells}
+    if count <= INLINE:
         return made | {"rows": rows, "cells": {cell: _of_cell(plan, cell, answers[cell], order, judged) for cell in cells}}, {}
     files = {cell: f"pairs-{cell}.js" for cell in cells}
     beside = {"pairs-rows.js": _script("rows", rows)}

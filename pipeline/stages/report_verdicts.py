@@ -43,12 +43,11 @@ def read(plan: Plan, store: Store, steps: Sequence[Step]) -> Judged | None:
 def _labelled(plan: Plan, step: Step, table: pa.Table) -> pa.Table:
     kept = table.select(list(KEPT))
     for name in ("candidate", "judge", "protocol"):
-        label = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), pa.array([str(step.config[name])]))
-        kept = kept.append_column(name, label.cast(pa.string()) if len(table) == 0 else label)
+        kept = kept.append_column(name, pa.array([str(step.config[name])] * len(table), pa.string()).dictionary_encode())
     return kept.append_column("cluster", pc.map_lookup(table["fields"], plan.task.cluster, "first")).unify_dictionaries()
 
 
-def is_(column: pa.ChunkedArray, value: str) -> pa.Array:
+def is_(column: pa.ChunkedArray[Any], value: str) -> pa.ChunkedArray[Any]:
     """Which rows hold this value, of a column of strings or of a dictionary of them."""
     return pc.equal(column.cast(pa.string()), pa.scalar(value))
 
@@ -100,15 +99,20 @@ def by_tier(plan: Plan, judged: Judged | None) -> dict[str, dict[str, dict[str, 
         return {}
     tiers = {row.row_id: row.tier for row in plan.evaluation_rows}
     column = labels(judged.outcomes, tiers)
-    return {tier: by_candidate(plan, judged, tallies(judged.outcomes.filter(is_(pa.chunked_array([column]), tier)))) for tier in sorted(set(tiers.values()))}
+    return {tier: by_candidate(plan, judged, tallies(judged.outcomes.filter(is_(column, tier)))) for tier in sorted(set(tiers.values()))}
 
 
-def labels(found: pa.Table, values: Mapping[str, str]) -> pa.Array:
+def labels(found: pa.Table, values: Mapping[str, str]) -> pa.ChunkedArray[Any]:
     """The value of each pair's row, as strings: row id -> value."""
-    rows = found["row_id"].combine_chunks()
-    rows = rows if isinstance(rows, pa.DictionaryArray) else rows.dictionary_encode()
-    named = pa.array([values[row] for row in rows.dictionary.to_pylist()], pa.string())
-    return pa.DictionaryArray.from_arrays(rows.indices, named).cast(pa.string())
+    codes, names = _codes(found, "row_id")
+    return pa.chunked_array([pa.array([values[name] for name in names], pa.string()).take(pa.array(codes))])
+
+
+def _codes(table: pa.Table, column: str) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """(Number of each row's value, the values) of a column of dictionary strings."""
+    whole: Any = table[column].cast(pa.string()).dictionary_encode().combine_chunks()
+    whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
+    return whole.indices.to_numpy(), [str(value) for value in whole.dictionary.to_pylist()]
 
 
 def breakdown(plan: Plan, judged: Judged | None) -> list[dict[str, Any]]:
@@ -134,10 +138,9 @@ def length_controlled(plan: Plan, judged: Judged | None, lengths: Mapping[str, M
     if judged is None:
         return found
     table = judged.outcomes
-    worth = np.select([is_(table["outcome"], name).to_numpy() for name in ("win", "tie", "loss")], [1.0, 0.5, 0.0], np.nan)
-    codes = {name: table[name].combine_chunks().dictionary_encode() for name in ("candidate", "judge", "protocol", "row_id", "cluster")}
-    place = {name: codes[name].indices.to_numpy() for name in codes}
-    names = {name: codes[name].dictionary.to_pylist() for name in codes}
+    worth = np.select([is_(table["outcome"], name).to_numpy() for name in ("win", "tie", "loss")], [np.array(value) for value in (1.0, 0.5, 0.0)], np.nan)
+    coded = {name: _codes(table, name) for name in ("candidate", "judge", "protocol", "row_id", "cluster")}
+    place, names = {name: codes for name, (codes, _) in coded.items()}, {name: values for name, (_, values) in coded.items()}
     for number, cell in enumerate(names["candidate"]):
         if cell not in lengths:  # the spoilt answers: nobody asks how they would do at equal length
             continue
