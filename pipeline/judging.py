@@ -8,15 +8,13 @@ only, and a message with more than one verdict is none: no completion can pick i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from pipeline.neutral import EMPTY, neutralised
 from pipeline.study import Sampling
 from pipeline.tasks import Conversation, Rubric
-
-Outcome = Literal["win", "loss", "tie", "unparsed"]
 
 
 class Verdict(NamedTuple):
@@ -45,16 +43,6 @@ def question(protocol: Protocol, rubric: Rubric, prompt: Conversation, baseline:
     shown = [{"role": message["role"], "content": neutralised(message["content"])} for message in prompt]
     first, second = (baseline, candidate) if order == 0 else (candidate, baseline)
     return protocol.ask(rubric, shown, neutralised(first), neutralised(second))
-
-
-def outcome(picks: Sequence[Mapping[str, Any]]) -> Outcome:
-    """Of one pair, from the candidate's side, given its verdicts in every order of their protocol (rows of schemas.VERDICTS)."""
-    found = {pick["order"]: pick["pick"] for pick in picks}
-    if not picks or found.keys() != set(PROTOCOLS[picks[0]["protocol"]].orders) or None in found.values():
-        return "unparsed"
-    if len(set(found.values())) > 1:
-        return "tie"
-    return "win" if found[0] == "candidate" else "loss"
 
 
 def broken(text: str) -> str:

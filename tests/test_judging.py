@@ -7,11 +7,13 @@ import itertools
 import json
 import re
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import judging
+from pipeline.analysis import verdicts
 from pipeline.chat import prompt_ids
 from pipeline.judging import PROTOCOLS, Verdict
 from pipeline.llm import Request
@@ -369,54 +371,24 @@ def test_blind_questions_about_one_prompt_begin_alike_up_to_the_second_completio
 # ---------------------------------------------------------------- outcomes
 
 
-def row(protocol: str, order: int, pick: str | None) -> dict[str, object]:
-    return {"protocol": protocol, "order": order, "pick": pick}
-
-
-@fast
-@pytest.mark.parametrize(
-    ("first", "second", "wanted"),
-    [
-        ("candidate", "candidate", "win"),
-        ("baseline", "baseline", "loss"),
-        ("candidate", "baseline", "tie"),
-        ("baseline", "candidate", "tie"),
-        ("candidate", None, "unparsed"),
-        (None, "baseline", "unparsed"),
-        (None, None, "unparsed"),
-    ],
-)
-def test_blind_outcome_of_a_pair_needs_both_orders_to_agree(first: str | None, second: str | None, wanted: str):
-    for picks in itertools.permutations([row("blind", 0, first), row("blind", 1, second)]):
-        assert judging.outcome(picks) == wanted
-
-
-@fast
-@pytest.mark.parametrize(
-    "picks",
-    [[], [row("blind", 0, "candidate")], [row("blind", 1, "baseline")], [row("blind", 0, "candidate"), row("blind", 0, "candidate")]],
-)
-def test_blind_outcome_of_a_pair_without_both_orders_is_unparsed(picks: list[dict[str, object]]):
-    assert judging.outcome(picks) == "unparsed"
-
-
-@fast
-@pytest.mark.parametrize(("pick", "wanted"), [("candidate", "win"), ("baseline", "loss"), (None, "unparsed")])
-def test_paper_outcome_of_a_pair_is_its_one_verdict(pick: str | None, wanted: str):
-    assert judging.outcome([row("paper", 0, pick)]) == wanted
+def outcome(protocol: str, picks: list[str | None]) -> str:
+    """Of one pair whose verdicts, in the orders of the protocol, are these."""
+    names = {"candidate": "tuned", "judge": "one", "protocol": protocol, "row_id": "r0", "cluster": "k0"}
+    rows = [{**names, "order": order, "pick": pick} for order, pick in zip(PROTOCOLS[protocol].orders, picks, strict=True)]
+    return str(verdicts.outcomes(pa.Table.from_pylist(rows))["outcome"][0].as_py())
 
 
 @fast
 @pytest.mark.parametrize("letter", ["A", "B"])
 def test_judge_that_always_says_one_letter_gives_a_tie(letter: str):
-    assert judging.outcome([row("blind", order, PROTOCOLS["blind"].parse(letter, "stop", order).pick) for order in (0, 1)]) == "tie"
+    assert outcome("blind", [PROTOCOLS["blind"].parse(letter, "stop", order).pick for order in (0, 1)]) == "tie"
 
 
 @fast
 def test_judge_that_prefers_one_post_in_both_orders_gives_its_win():
     letters = [letter_of("the new one", asked("blind", "the old one", "the new one", order)) for order in (0, 1)]
-    picks = [row("blind", order, PROTOCOLS["blind"].parse(letter, "stop", order).pick) for order, letter in enumerate(letters)]
-    assert judging.outcome(picks) == "win"
+    picks = [PROTOCOLS["blind"].parse(letter, "stop", order).pick for order, letter in enumerate(letters)]
+    assert outcome("blind", picks) == "win"
 
 
 # ---------------------------------------------------------------- scripted judges
@@ -431,8 +403,8 @@ def scripted_outcome(part: str, name: str, baseline: str, candidate: str) -> str
         verdict = protocol.parse(completion.text, completion.finish_reason, order)
         assert verdict.status == "ok"
         assert (verdict.explanation is None) == (name == "blind")
-        picks.append(row(name, order, verdict.pick))
-    return judging.outcome(picks)
+        picks.append(verdict.pick)
+    return outcome(name, picks)
 
 
 @fast

@@ -47,7 +47,7 @@ def _labelled(plan: Plan, step: Step, table: pa.Table) -> pa.Table:
     return kept.append_column("cluster", pc.map_lookup(table["fields"], plan.task.cluster, "first")).unify_dictionaries()
 
 
-def is_(column: pa.ChunkedArray[Any], value: str) -> pa.ChunkedArray[Any]:
+def is_(column: pa.ChunkedArray[Any], value: str) -> Any:
     """Which rows hold this value, of a column of strings or of a dictionary of them."""
     return pc.equal(column.cast(pa.string()), pa.scalar(value))
 
