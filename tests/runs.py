@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+REHEARSAL = ROOT / "tests" / "rehearsal.toml"
+"""Scripted models; a teacher some of whose rows are quarantined."""
+
 SMALL = """
 name = "small"
 base = "scripted/writer"

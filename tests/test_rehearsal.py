@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.runs import ROOT, SMALL, contents, datadose, environment
+from tests.runs import REHEARSAL, ROOT, SMALL, contents, datadose, environment
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     store = tmp_path_factory.mktemp("rehearsal")
-    run = datadose("run", "rehearsal", store=store)
+    run = datadose("run", REHEARSAL, store=store)
     assert run.returncode == 0, run.stderr
     return store, run
 
@@ -69,27 +69,27 @@ def test_event_log_of_the_run_is_in_the_store(finished):
 def test_rerun_of_a_finished_study_builds_nothing_and_touches_nothing(finished):
     store, _ = finished
     before = contents(store)
-    run = datadose("run", "rehearsal", store=store)
+    run = datadose("run", REHEARSAL, store=store)
     assert run.returncode == 0
     assert "nothing to build" in run.stdout
     assert contents(store) == before
 
 
 def test_status_and_plan_as_json_say_that_all_is_done(finished):
-    status = json.loads(datadose("status", "rehearsal", "--json", store=finished[0]).stdout)
+    status = json.loads(datadose("status", REHEARSAL, "--json", store=finished[0]).stdout)
     assert status["missing"] == []
-    plan = json.loads(datadose("plan", "rehearsal", "--json", store=finished[0]).stdout)
+    plan = json.loads(datadose("plan", REHEARSAL, "--json", store=finished[0]).stdout)
     assert all(cell["done"] for cell in plan["cells"])
 
 
 def test_report_is_copied_with_its_tables_where_out_says(finished, tmp_path):
-    run = datadose("report", "rehearsal", "--out", tmp_path / "copy", store=finished[0])
+    run = datadose("report", REHEARSAL, "--out", tmp_path / "copy", store=finished[0])
     assert run.returncode == 0
     assert {path.name for path in (tmp_path / "copy").iterdir()} == set(report_files(finished[0]))
 
 
 def test_dry_run_lists_steps_and_builds_none(tmp_path):
-    run = datadose("run", "rehearsal", "--dry-run", store=tmp_path / "store")
+    run = datadose("run", REHEARSAL, "--dry-run", store=tmp_path / "store")
     assert run.returncode == 0
     assert "24 of 24 steps would be built" in run.stdout
     assert contents(tmp_path / "store") == {}
@@ -199,7 +199,7 @@ def test_unknown_setting_in_the_environment_names_the_nearest(tmp_path):
 
 def test_store_that_cannot_be_made_ends_with_2_and_what_to_do(tmp_path):
     (tmp_path / "file").write_text("")
-    run = datadose("run", "rehearsal", store=tmp_path / "file" / "store")
+    run = datadose("run", REHEARSAL, store=tmp_path / "file" / "store")
     assert run.returncode == 2
     assert "DATADOSE_STORE" in run.stderr
 
@@ -212,7 +212,7 @@ def test_too_little_memory_ends_before_anything_is_built(tmp_path):
 
 
 def test_doctor_passes_on_a_machine_that_can_run_the_tests(tmp_path):
-    run = datadose("doctor", "rehearsal", store=tmp_path)
+    run = datadose("doctor", REHEARSAL, store=tmp_path)
     assert run.returncode == 0, run.stdout
     assert "conditional writes: honoured" in run.stdout
 
