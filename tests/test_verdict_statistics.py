@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_interval_covers_the_truth_in_95_of_100_studies(rate: float, ties: float
 @pytest.mark.parametrize("rate", [0.5, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("icc", [0, 0.05, 0.1])
 def test_interval_covers_the_truth_where_a_third_of_the_companies_has_most_prompts(rate: float, icc: float):
-    assert 0.93 <= coverage(win_rates(simulated(rate, icc, 0, UNEQUAL)), rate) <= 0.97
+    assert 0.93 <= coverage(win_rates(simulated(rate, icc, 0, UNEQUAL, 5 * STUDIES)), rate) <= 0.97
 
 
 @pytest.mark.parametrize("rate", [0.97, 0.985])
@@ -136,7 +137,7 @@ def test_bounds_lose_and_win_whatever_was_not_parsed():
 def test_interval_stays_within_nought_and_one_and_leaves_one_half_out_exactly_where_p_is_below_the_level():
     for icc, rate in ((0.3, 0.9), (0, 0.62), (0.1, 0.99)):
         for clusters in (2, 3, 15):
-            for found in win_rates(simulated(rate, icc, 0.2, EQUAL[:clusters], 200)):
+            for found in win_rates(simulated(rate, icc, 0.2, EQUAL[:clusters], 100)):
                 assert 0 <= found.low <= found.value <= found.high <= 1
                 assert (found.p < 0.05) == (not found.low <= 0.5 <= found.high)
 
@@ -157,7 +158,9 @@ def test_same_tallies_give_the_same_interval_and_other_draws_nearly_the_same():
 def test_base_against_base_is_called_different_in_5_of_100_comparisons_and_5_of_100_studies_at_most(first_taken: float):
     rates = win_rates(judged(np.random.default_rng(5), first_taken, "blind", 15 * STUDIES))
     assert np.mean([rate.p < 0.05 for rate in rates]) <= 0.05
+    gc.freeze()  # statsmodels collects garbage in every correction: 40 ms each over what this test holds
     families = [compare(rates[start : start + 15]) for start in range(0, len(rates), 15)]
+    gc.unfreeze()
     assert np.mean([any(comparison.different for comparison in family) for family in families]) <= 0.05
 
 
