@@ -25,10 +25,11 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY)
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real" -n 2 --dist loadfile --no-loadscope-reorder
+	RAY_ADDRESS= $(BIN)/python -m pytest -m real
 
 test-fast: env ## the tests of the pure core: under a minute
-	$(BIN)/python -m pytest -m fast
+	$(BIN)/python -m pytest -m fast -n 2
 
 check: env ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline.artifacts import Store, open_store
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, SMALL, datadose, environment, tables
 from tests.tools import MissingToolError, versitygw
 
 # The same examples on every machine, however slow it is; no folder of past failures in the tree.
@@ -156,6 +156,21 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 @pytest.fixture(scope="session")
 def ray_address(ray_cluster: RayCluster) -> str:
     return ray_cluster.address
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_study: Path, ray_address: str) -> dict[str, object]:
+    """Every table of the small study after a run that nothing befell."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    assert datadose("run", small_study, store=store, RAY_ADDRESS=ray_address).returncode == 0
+    return tables(store)
 
 
 @pytest.fixture(scope="session")

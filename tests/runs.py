@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,3 +53,23 @@ def contents(store: Path) -> dict[str, tuple[str, int]]:
     """Every file of a store: digest and time of the last change."""
     files = sorted(path for path in store.rglob("*") if path.is_file())
     return {str(path.relative_to(store)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
+
+
+def tables(store: Path) -> dict[str, object]:
+    """Content of every committed table and adapter, by step; clocks left out."""
+    found: dict[str, object] = {}
+    for path in sorted((store / "manifests").rglob("*.json")):
+        manifest = json.loads(path.read_text())
+        for name, item in manifest["objects"].items():
+            data = store / item["key"]
+            if name.endswith(".parquet"):
+                table = pq.read_table(data)
+                found[f"{manifest['step']}/{name}"] = table.drop_columns([column for column in ("seconds",) if column in table.column_names]).to_pylist()
+            elif "adapter" in name:
+                found[f"{manifest['step']}/{name}"] = data.read_bytes()
+    return found
+
+
+def start(study: Path, store: Path, **extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.cli", "run", str(study)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(store, **extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
