@@ -27,13 +27,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import UserError, WriteError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from mypy_boto3_s3.client import S3Client
 
 STEP_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -311,8 +310,7 @@ def commit(store: Store, step: Step, objects: Mapping[str, bytes | Path | pa.Tab
     attempt = secrets.token_hex(4)
     written: dict[str, Artifact] = {}
     for name, value in objects.items():
-        rows = value.num_rows if isinstance(value, pa.Table) else None
-        data = parquet_bytes(value) if isinstance(value, pa.Table) else value
+        rows, data = (None, value) if isinstance(value, bytes | Path) else (value.num_rows, parquet_bytes(value))
         key = f"objects/{step.key}/{attempt}/{name}"
         store.replace(key, data)
         size, sha256 = _measure(data)
@@ -367,14 +365,20 @@ def read_object(store: Store, step: Step, name: str) -> bytes:
 
 
 def read_table(store: Store, step: Step, name: str) -> pa.Table:
+    import pyarrow.parquet as pq  # here, because a plan needs fingerprints and no tables
+
     return pq.read_table(io.BytesIO(read_object(store, step, name)))
 
 
 def read_tables(store: Store, steps: Iterable[Step], name: str) -> pa.Table:
+    import pyarrow as pa
+
     return pa.concat_tables([read_table(store, step, name) for step in steps])
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq
+
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -179,7 +179,8 @@ def evaluation(params: Params) -> Iterator[Example]:
     return (row for row in _cross_product(params) if row.tier in wanted)
 
 
-def _cross_product(params: Params) -> Iterator[Example]:
+@functools.lru_cache(maxsize=1)
+def _cross_product(params: Params) -> tuple[Example, ...]:
     """Every row that is new in one respect at most, with its tier."""
     own = companies_in(params.companies_file) if params.companies_file else {}
     names = params.companies
@@ -188,6 +189,7 @@ def _cross_product(params: Params) -> Iterator[Example]:
     if both := sorted(set(names) & set(params.held_out)):
         raise UserError(f"companies {both} are both trained on and held out; take them from one of the lists")
     unknown = set(params.held_out_products)
+    rows = []
     for slug in (*names, *params.held_out):
         company = own[slug] if slug in own else company_named(slug, own)
         unknown -= set(company.products)
@@ -207,9 +209,10 @@ def _cross_product(params: Params) -> Iterator[Example]:
                 "company": company.name, "product": product, "type": kind, "length": post.length, "tone": tone,
                 "profile": company.profile, "simple": company.simple_description,
             }  # fmt: skip
-            yield Example(row_id(TASK.name, TASK.columns, fields), fields, new[0] if new else SEEN)
+            rows.append(Example(row_id(TASK.name, TASK.columns, fields), fields, new[0] if new else SEEN))
     if unknown:
         raise UserError(f"held_out_products {sorted(unknown)} are sold by none of the study's companies; take names from their files")
+    return tuple(rows)
 
 
 def company_names() -> list[str]:
