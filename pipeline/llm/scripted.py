@@ -1,7 +1,8 @@
 """A model that plays a part: no weights, no wait, every answer a function of the request alone. For tests and dry runs.
 
-Names: `writer` writes sentences about its prompt; `rough` does too, and leaves one answer in eight blank and cuts one
-in eight short; `longest` judges by the longer post; `first` judges by position; `coin` by a seeded coin.
+Names: `writer` writes sentences about its prompt, or a company's name where it ends in `Name:` and ten where it ends in
+`Products:`; `rough` does too, and leaves one answer in eight blank and cuts one in eight short; `longest` judges by the
+longer post; `first` judges by position; `coin` by a seeded coin.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pipeline.llm import Completion, Request
 
 PARTS = ("writer", "rough", "longest", "first", "coin")
 _OPENINGS = ("Tired of the ordinary?", "Your week just got easier.", "Here is the one that lasts.", "Looking closer pays off!")
+_SYLLABLES = ("ba", "do", "fen", "gil", "kor", "lum", "mar", "nes", "rik", "tol")
 _ENDINGS = ("Order yours today.", "Visit us this week.", "Try it now!", "Tell us what you think.")
 
 
@@ -37,6 +39,10 @@ class ScriptedModel:
     def _write(self, prompt: str, dice: random.Random) -> tuple[str, str]:
         if self._part == "rough" and (fate := dice.randrange(8)) < 2:
             return ("", "stop") if fate == 0 else ("It begins well and", "length")
+        if label := re.search(r"(?:Name|Products):$", prompt):
+            industry = re.findall(r"^Industry: (.+)$", prompt, re.MULTILINE)[-1].split()[0]
+            stems = ["".join(dice.choice(_SYLLABLES) for _ in range(3)).capitalize() for _ in range(10)]
+            return f"{stems[0]} {industry} Works" if label[0] == "Name:" else "\n".join(f"{stem} {industry}" for stem in stems), "stop"
         product = re.search(r"^Product: (.+)$", prompt, re.MULTILINE)
         named = product[1] if product else "This"
         words = sorted(set(re.findall(r"[a-z]{5,}", prompt)))
