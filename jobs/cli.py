@@ -1,4 +1,4 @@
-"""`datadose`: plan, run, status, report, doctor."""
+"""`datadose`: plan, run, status, report, companies, doctor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.session import FAILED, console, exit_codes, plan_of, runtime_from
+from jobs.session import FAILED, PARTLY_BUILT, console, exit_codes, plan_of, runtime_from
 from pipeline.artifacts import done_keys, open_store
 from pipeline.plan import describe
-from pipeline.study import known_studies
+from pipeline.study import known_studies, load_study
 
 app = typer.Typer(
     help="How much data does a fine-tune need? STUDY is the name of a file in jobs/studies or a path that ends in .toml.",
@@ -119,6 +119,28 @@ def report(
         for name, data in files.items():
             (out / name).write_bytes(data)
         console.print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def companies(
+    count: Annotated[int, typer.Option(min=1, help="how many companies the file is to hold")],
+    study: StudyName = "laptop",
+    seed: Annotated[int, typer.Option(help="the same study, count and seed give the same companies")] = 3407,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="where they go; STUDY-companies.toml if not given. What is there already counts")] = None,
+) -> None:
+    """The study's teacher writes more companies for the task `posts`, for a study with companies_file in [task]."""
+    from pipeline.companies import write_companies
+
+    loaded = load_study(study)
+    path = out or Path(f"{loaded.name}-companies.toml")
+    outcome = write_companies(loaded, runtime_from(os.environ), count, seed, path, console.print)
+    for reason, times in outcome.refused.most_common():
+        console.print(f"refused {times} times: {reason}", markup=False)
+    if outcome.there < count:
+        console.print(f"[red]{outcome.there} of {count} companies were accepted[/red]; run again with another --seed for the rest. They are in {path}")
+        raise typer.Exit(PARTLY_BUILT)
+    done = f"{outcome.added} companies written" if outcome.added else "nothing to write"
+    console.print(f'{done}: {path} holds {outcome.there}. A study names it in [task]: companies_file = "{path.name}"', markup=False)
 
 
 @app.command()

@@ -234,6 +234,12 @@ def test_length_controlled_rate_of_one_cluster_has_no_interval():
 
 
 @fast
+def test_length_controlled_rate_of_ties_alone_is_one_half():
+    found = length_controlled(np.full(6, 0.5), np.array([1.0, -2, 3, -4, 5, 0]), np.arange(6) // 2)
+    assert found.value == pytest.approx(0.5)
+
+
+@fast
 def test_strengths_against_the_base_are_log_odds_and_finite_where_everything_was_won():
     counts = np.array([[[80, 11, 4, 0]], [[95, 0, 0, 0]], [[0, 0, 95, 0]], [[0, 0, 0, 95]]])
     assert strengths(against_base(counts)) == [0, pytest.approx(np.log(82.5 / 13.5)), pytest.approx(np.log(95.5 / 0.5)), pytest.approx(0, abs=1e-9), None]

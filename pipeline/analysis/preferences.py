@@ -6,6 +6,7 @@ Invariant: whatever the verdicts, an estimate is finite or it is None.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -48,13 +49,16 @@ def length_controlled(worth: Floats, longer: Floats, clusters: npt.NDArray[np.in
         return None
     import statsmodels.api as sm
     from scipy.special import expit
+    from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
     length = np.tanh(longer / longer.std())
     model = sm.GLM(worth, np.column_stack([np.ones(len(worth)), length]), family=sm.families.Binomial())
-    if len(np.unique(clusters)) < 2:
-        intercept, slope = model.fit().params
-        return Controlled(float(expit(intercept)), None, None, float(slope))
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+    alone = len(np.unique(clusters)) < 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerfectSeparationWarning)  # separation is ruled out above; ties alone are fitted without error too
+        fit = model.fit() if alone else model.fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+    if alone:
+        return Controlled(float(expit(fit.params[0])), None, None, float(fit.params[1]))
     low, high = expit(fit.conf_int(1 - level)[0])
     return Controlled(float(expit(fit.params[0])), float(low), float(high), float(fit.params[1]))
 

@@ -1,7 +1,8 @@
 """A model that plays a part: no weights, no wait, every answer a function of the request alone. For tests and dry runs.
 
-Names: `writer` writes sentences about its prompt; `rough` does too, and leaves one answer in eight blank and cuts one
-in eight short; `longest` judges by the longer completion; `first` judges by position; `coin` by a seeded coin.
+Names: `writer` writes sentences about its prompt, or a company's name where it ends in `Name:` and ten where it ends in
+`Products:`; `rough` does too, and leaves one answer in eight blank and cuts one in eight short; `longest` judges by the
+longer completion; `first` judges by position; `coin` by a seeded coin.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ JUDGES = ("longest", "first", "coin")
 PARTS = ("writer", "rough", *JUDGES)
 _OPENINGS = ("Tired of the ordinary?", "Your week just got easier.", "Here is the one that lasts.", "Looking closer pays off!")
 _COMPLETIONS = re.compile(r"^### Completion [A1].*?\n(.*)\n\n### Completion [B2].*?\n(.*)\n\n(?:Which completion|### Criteria)", re.DOTALL | re.MULTILINE)
+_SYLLABLES = ("ba", "do", "fen", "gil", "kor", "lum", "mar", "nes", "rik", "tol")
 _ENDINGS = ("Order yours today.", "Visit us this week.", "Try it now!", "Tell us what you think.")
 
 
@@ -45,6 +47,10 @@ class ScriptedModel:
     def _write(self, prompt: str, dice: random.Random) -> tuple[str, str]:
         if self._part == "rough" and (fate := dice.randrange(8)) < 2:
             return ("", "stop") if fate == 0 else ("It begins well and", "length")
+        if label := re.search(r"(?:Name|Products):$", prompt):
+            industry = re.findall(r"^Industry: (.+)$", prompt, re.MULTILINE)[-1].split()[0]
+            stems = ["".join(dice.choice(_SYLLABLES) for _ in range(3)).capitalize() for _ in range(10)]
+            return f"{stems[0]} {industry} Works" if label[0] == "Name:" else "\n".join(f"{stem} {industry}" for stem in stems), "stop"
         product = re.search(r"^Product: (.+)$", prompt, re.MULTILINE)
         named = product[1] if product else "This"
         words = sorted(set(re.findall(r"[a-z]{5,}", prompt)))
