@@ -25,7 +25,7 @@ def test_study_killed_before_and_after_every_commit_ends_as_an_undisturbed_one(t
         assert process.returncode == -signal.SIGKILL, err
         kills += 1
     ray_cluster.control.unlink(missing_ok=True)
-    commits = sum(name.startswith("manifests/") for name in contents(store))
+    commits = sum(name.startswith("manifests/") and name.endswith(".json") for name in contents(store))
     assert commits == 12
     assert kills == 2 * commits
     assert tables(store) == undisturbed

@@ -16,6 +16,7 @@ from pipeline.plan import Plan, describe, make_plan
 from pipeline.study import STUDIES, Study, load_study, parse
 from pipeline.tasks import SEEN
 from pipeline.tasks.posts import NEW_COMPANY, NEW_PRODUCT, NEW_STYLE, TONES, TYPES
+from tests.companies import COMPANY, study_with_companies
 from tests.runs import ROOT, SMALL, environment
 
 pytestmark = pytest.mark.fast
@@ -163,31 +164,8 @@ def test_what_cannot_be_held_out_is_named(task: dict[str, Any], said: str):
 # ---------------------------------------------------------------- companies of the user's own
 
 
-COMPANY = """
-[{slug}]
-name = "{name}"
-description = "Sells kites by post."
-industry = "toys"
-mission = "More wind."
-offering = "Kites and line."
-size = "4 people"
-history = "Since 2019."
-audience = "Families by the sea."
-simple_description = "Kites by post."
-products = ["{name} One", "{name} Two"]
-"""
-
-
-def with_file(folder: Path, count: int, **task: Any) -> Path:
-    (folder / "mine.toml").write_text("".join(COMPANY.format(slug=f"kite-{index}", name=f"Kite {index}") for index in range(count)))
-    more = "".join(f"{key} = {json.dumps(value)}\n" for key, value in task.items())
-    text = SMALL.replace('companies = ["penrook"]\nheld_out = ["wrenfold-software"]\n', f'companies_file = "mine.toml"\n{more}')
-    (folder / "mine-study.toml").write_text(text)
-    return folder / "mine-study.toml"
-
-
 def test_study_with_a_file_of_two_hundred_companies_plans_as_one_with_fifteen(tmp_path):
-    plan = make_plan(load_study(with_file(tmp_path, 200)))
+    plan = make_plan(load_study(study_with_companies(tmp_path, 200)))
     assert len({row.fields["company"] for row in plan.task.train(plan.params)}) == 200
     assert sum(1 for _ in plan.task.train(plan.params)) == 200 * 2 * len(TYPES) * len(TONES)
     assert len(plan.cells) == 1
@@ -196,12 +174,12 @@ def test_study_with_a_file_of_two_hundred_companies_plans_as_one_with_fifteen(tm
 def test_file_of_companies_is_known_by_its_content_not_its_place(tmp_path):
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    one, other = (make_plan(load_study(with_file(tmp_path / name, 2, held_out=["kite-1"]))) for name in ("here", "there"))
+    one, other = (make_plan(load_study(study_with_companies(tmp_path / name, 2, held_out=["kite-1"]))) for name in ("here", "there"))
     assert [step.key for step in one.steps] == [step.key for step in other.steps]
 
 
 def test_companies_of_a_file_and_of_the_tree_can_be_mixed(tmp_path):
-    plan = make_plan(load_study(with_file(tmp_path, 2, companies=["kite-0", "penrook"], held_out=["kite-1"])))
+    plan = make_plan(load_study(study_with_companies(tmp_path, 2, companies=["kite-0", "penrook"], held_out=["kite-1"])))
     assert {row.fields["company"] for row in plan.task.train(plan.params)} == {"Kite 0", "Penrook"}
 
 
@@ -216,14 +194,14 @@ def test_companies_of_a_file_and_of_the_tree_can_be_mixed(tmp_path):
     ],
 )
 def test_bad_file_of_companies_is_named(tmp_path, text: str, said: str):
-    path = with_file(tmp_path, 1)
+    path = study_with_companies(tmp_path, 1)
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UserError, match=said):
         make_plan(load_study(path))
 
 
 def test_missing_file_of_companies_is_named(tmp_path):
-    path = with_file(tmp_path, 1)
+    path = study_with_companies(tmp_path, 1)
     (tmp_path / "mine.toml").unlink()
     with pytest.raises(UserError, match=r"task\.companies_file = 'mine\.toml' cannot be read"):
         load_study(path)

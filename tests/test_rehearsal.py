@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.companies import study_with_companies
 from tests.runs import REHEARSAL, ROOT, SMALL, contents, datadose, environment
 
 
@@ -49,7 +50,8 @@ def test_rows_in_are_rows_ok_plus_quarantined(finished):
     results = json.loads(report_files(finished[0])["results.json"].read_text())
     train = results["rows"]["train"]
     assert train["asked"] == 160 == train["ok"] + train["quarantined"]
-    assert train["truncated"] + train["unparsed"] == train["quarantined"] > 0
+    assert sum(train["by_status"].values()) == train["quarantined"] > 0
+    assert train["by_status"].keys() == {"truncated", "unparsed"}
 
 
 def test_tables_beside_the_report_hold_every_answer_and_verdict(finished):
@@ -114,7 +116,7 @@ def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray
     assert run.returncode == 0, run.stderr
     assert "The judge cannot be trusted" in run.stdout
     results = json.loads(report_files(store, "small")["results.json"].read_text())
-    assert [gate["passed"] for gate in results["gates"] if gate["about"] == "judge"] == [True, False]
+    assert [gate["passed"] for gate in results["gates"] if gate["about"] == "blind-0"] == [True, False]
     assert results["judges"][0]["first_position_share"] == 1.0
     assert results["judges"][0]["flip_rate"] == 1.0
 
@@ -130,7 +132,7 @@ def test_both_protocols_judge_every_pair_and_an_empty_answer_like_any_other(tmp_
     files = report_files(store, "small")
     rows = pq.read_table(files["verdicts.parquet"]).to_pylist()
     showings = [("blind", 0), ("blind", 1), ("paper", 0)]
-    wanted = {(candidate, *showing): 20 for candidate in ("broken", "zero", "n00008-s0002-seed3407") for showing in showings}
+    wanted = {(candidate, *showing): 20 for candidate in ("broken", "zero", "n00008-d3407-s0002-t3407") for showing in showings}
     assert Counter((row["candidate"], row["protocol"], row["order"]) for row in rows) == wanted
     assert {row["status"] for row in rows} == {"ok"}
     assert {(row["protocol"], row["explanation"] is None) for row in rows} == {("blind", True), ("paper", False)}
@@ -240,7 +242,7 @@ def test_full_disk_is_named_and_what_was_committed_goes_on_once_there_is_space(t
     try:
         full = datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address)
         assert full.returncode == 3
-        assert "No space left on device" in full.stderr.replace("\n", " ")
+        assert "No space left on device" in " ".join(full.stderr.split())
         before = {name: entry for name, entry in contents(store).items() if name.startswith("manifests/")}
         assert before
         subprocess.run(["mount", "-o", "remount,size=32m", store], check=True)
@@ -250,3 +252,30 @@ def test_full_disk_is_named_and_what_was_committed_goes_on_once_there_is_space(t
         assert {name: after[name] for name in before} == before
     finally:
         subprocess.run(["umount", store], check=True)
+
+
+def test_study_on_a_users_table_quarantines_bad_rows_by_line_and_needs_no_teacher_and_no_judge(tmp_path, ray_address):
+    rows = [f"Shop {index % 4},Item {index}: the {color} lamp of Brand {index}. Costs {index}.50 EUR,{color},{index}.50" for index, color in enumerate(["red", "blue"] * 12)]
+    (tmp_path / "pages.csv").write_text("\n".join(["store,page,color,price", *rows, "Shop 9,,red,1", "Shop 9,text"]) + "\n")
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nbase = "scripted/writer"\nprecision = "float32"\n'
+        '[task]\nname = "extract"\ntable_file = "pages.csv"\nshop = "store"\ntext = "page"\nattributes = ["color", "price"]\nheld_out = ["Shop 3"]\n'
+        "[evaluation]\ncount = 4\n[grid]\nrows = [16, 8]\nsteps = [2]\n"
+    )
+    run = datadose("run", tmp_path / "mine.toml", store=tmp_path / "store", RAY_ADDRESS=ray_address)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(report_files(tmp_path / "store", "mine")["results.json"].read_text())
+    assert results["judge_trusted"] is None
+    assert results["measure"] == "accuracy"
+    train = results["rows"]["train"]
+    assert (train["asked"], train["ok"], train["by_status"]) == (20, 18, {"error": 2})
+    assert sorted(reason.partition(":")[0] for reason in train["reasons"]) == ["line 26", "line 27"]
+    assert results["cells"][0]["tiers"].keys() == {"new shop"}
+    assert results["cells"][0]["scores"].keys() >= {"valid JSON", "no unknown keys", "color", "price", "accuracy", "F1"}
+
+
+def test_study_with_two_hundred_companies_of_its_own_runs_as_one_with_two(tmp_path, ray_address):
+    run = datadose("run", study_with_companies(tmp_path, 200, held_out=["kite-7", "kite-70"]), store=tmp_path / "store", RAY_ADDRESS=ray_address)
+    assert run.returncode == 0, run.stderr
+    answers = pq.read_table(report_files(tmp_path / "store", "small")["answers.parquet"])
+    assert set(answers["company"].to_pylist()) == {"Kite 7", "Kite 70"}

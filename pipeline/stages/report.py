@@ -60,6 +60,7 @@ def make_report(plan: Plan, store: Store) -> Report:
         "study": plan.study.name,
         "simulated": list(plan.study.simulated),
         "gates": [gate._asdict() for gate in checks],
+        "measure": plan.task.measure,
         "judge_trusted": any(trusted.values()) if trusted else None,
         "judges": [item | {"trusted": trusted[item["key"]]} for item in report_verdicts.habits(plan, judged)],
         "agreement": report_verdicts.alphas(judged),
@@ -153,7 +154,8 @@ def _measures(plan: Plan, mine: list[dict[str, Any]], own: Mapping[str, Any], ba
     if shared:
         loss = sum(own[row]["nll"] for row in shared) / sum(own[row]["tokens"] for row in shared)
         change = estimates.cluster_mean([(own[row]["nll"] - base[row]["nll"]) / own[row]["tokens"] for row in shared], [clusters[row] for row in shared])
-    total = estimates.cluster_mean([sum(row[check] for check in checks) / len(checks) for row in mine], list(clusters.values()))
+    drawn = [plan.task.measure] if plan.task.measure else checks
+    total = estimates.cluster_mean([sum(row[check] for check in drawn) / len(drawn) for row in mine], list(clusters.values()))
     return {
         "prompts": len(mine),
         "heldout_loss": loss,
@@ -203,26 +205,38 @@ def series(plan: Plan, rows: int, steps: int) -> str:
 
 
 def _doubling(plan: Plan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What another doubling of the distinct rows changes, of cells that train equally long: in loss, and in the task's measure."""
     found = []
     for name in dict.fromkeys(cell["series"] for cell in cells if cell["rows"]):
-        mine = [cell for cell in cells if cell["series"] == name and cell["heldout_loss"] is not None]
-        slope = estimates.per_doubling([cell["rows"] for cell in mine], [cell["heldout_loss"] for cell in mine])
-        if slope is not None:
-            found.append({"series": name, **slope._asdict()})
+        mine = [cell for cell in cells if cell["series"] == name]
+        lost = [cell for cell in mine if cell["heldout_loss"] is not None]
+        measured = {"held-out loss": (lost, [cell["heldout_loss"] for cell in lost], -1)}
+        if plan.task.measure:
+            measured[plan.task.measure] = (mine, [cell["score"]["mean"] for cell in mine], 1)
+        for measure, (points, values, better) in measured.items():
+            slope = estimates.per_doubling([cell["rows"] for cell in points], values)
+            if slope is not None:
+                sure = slope.low > 0 or slope.high < 0
+                found.append({"series": name, "measure": measure, **slope._asdict(), "helps": slope.slope * better > 0 if sure else None})
     return found
 
 
-def _row_counts(plan: Plan, store: Store, found: Mapping[Step, Manifest]) -> dict[str, dict[str, int]]:
-    """rows in = ok + quarantined, by split, with the reasons."""
-    counts: dict[str, dict[str, int]] = {}
+REASONS = 20
+
+
+def _row_counts(plan: Plan, store: Store, found: Mapping[Step, Manifest]) -> dict[str, dict[str, Any]]:
+    """rows in = ok + quarantined, by split, by status, with the first reasons."""
+    counts: dict[str, dict[str, Any]] = {}
     for step in plan.stage("synthesize"):
         if step in found:
-            split = counts.setdefault(step.name.partition("-")[0], {"asked": 0, "ok": 0, "quarantined": 0})
+            split = counts.setdefault(step.name.partition("-")[0], {"asked": 0, "ok": 0, "quarantined": 0, "by_status": {}, "reasons": []})
             for row in _rows(store, step, "examples"):
                 split["asked"] += 1
                 split["ok" if row["status"] == "ok" else "quarantined"] += 1
                 if row["status"] != "ok":
-                    split[row["status"]] = split.get(row["status"], 0) + 1
+                    split["by_status"][row["status"]] = split["by_status"].get(row["status"], 0) + 1
+                if row["reason"] and len(split["reasons"]) < REASONS:
+                    split["reasons"].append(row["reason"])
     return counts
 
 

@@ -28,6 +28,7 @@ def page(plan: Plan, results: Mapping[str, Any], curves: list[dict[str, Any]], p
         plan=plan,
         results=results,
         best=best_cell(results),
+        best_score=max((cell for cell in results["cells"] if cell["rows"]), key=lambda cell: float(cell["score"]["mean"]), default=None),
         keys=keys,
         by_ratio=by_ratio(results, keys),
         checks=list(results["cells"][0]["scores"]) if results["cells"] else [],
@@ -94,8 +95,10 @@ def charts(plan: Plan, results: Mapping[str, Any], curves: list[dict[str, Any]])
         caption = "Mean negative log-likelihood per token of held-out answers; lower is better. The dashed line is the untouched model."
         found.append(("Held-out loss", caption, _by_rows(flat, "loss", "nats per token", base["heldout_loss"])))
     flat = [{**_identity(cell), "score": cell["score"]["mean"], "low": cell["score"]["low"], "high": cell["score"]["high"]} for cell in cells]
-    caption = f"Share of exact checks that an answer passes; higher is better. Bars: 95 % intervals over each {plan.task.cluster}."
-    found.append(("Exact checks passed", caption, _by_rows(flat, "score", "share", base["score"]["mean"])))
+    caption = f"{'Exact, answer by answer' if plan.task.measure else 'Share of exact checks that an answer passes'}; higher is better. "
+    caption += f"Bars: 95 % intervals over each {plan.task.cluster}. The dashed line is the untouched model."
+    title = plan.task.measure.capitalize() if plan.task.measure else "Exact checks passed"
+    found.append((title, caption, _by_rows(flat, "score", plan.task.measure or "share", base["score"]["mean"])))
     for judge in results["judges"]:
         found += _judged_charts(cells, judge)
     if len({judge["protocol"] for judge in results["judges"]}) > 1:

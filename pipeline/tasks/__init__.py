@@ -102,6 +102,8 @@ class Task:
     """None: the exact checks tell all there is, and no judge may be asked."""
     scores: Callable[[Mapping[str, str], str], dict[str, float]]
     """Fields (columns only), answer -> exact checks, each in [0, 1]."""
+    measure: str | None = None
+    """The check that the report draws against rows; the mean of all of them where none is named."""
 
 
 def row_id(task: str, columns: tuple[str, ...], fields: Mapping[str, str]) -> str:

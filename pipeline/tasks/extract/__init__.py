@@ -124,5 +124,5 @@ def scores(fields: Mapping[str, str], answer: str) -> dict[str, float]:
 
 TASK = Task(
     name="extract", version=1, columns=COLUMNS, strata=("shop", "missing"), cluster="shop", params=Params, train=train, evaluation=evaluation,
-    rich=None, plain=plain, parse=None, rubric=None, scores=scores,
+    rich=None, plain=plain, parse=None, rubric=None, scores=scores, measure="accuracy",
 )  # fmt: skip
