@@ -15,14 +15,14 @@ def test_study_killed_before_and_after_every_commit_ends_as_an_undisturbed_one(t
     kills = 0
     while True:
         committed = {name: entry for name, entry in (contents(store) if store.exists() else {}).items() if name.startswith("manifests/")}
-        process = start(small_study, store, RAY_ADDRESS=ray_cluster.address, **ray_cluster.crash)
+        process = start("run", small_study, store=store, RAY_ADDRESS=ray_cluster.address, **ray_cluster.crash)
         ray_cluster.control.write_text(f"{('before', 'after')[kills % 2]} {process.pid}")
-        _, err = process.communicate(timeout=300)
+        ended = process.wait(timeout=300)
         after = contents(store)
         assert {name: after[name] for name in committed} == committed, "a committed step was built again"
-        if process.returncode == 0:
+        if ended.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, err
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
         kills += 1
     ray_cluster.control.unlink(missing_ok=True)
     commits = sum(name.startswith("manifests/") and name.endswith(".json") for name in contents(store))

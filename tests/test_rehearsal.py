@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.companies import study_with_companies
-from tests.runs import REHEARSAL, ROOT, SMALL, contents, datadose, environment
+from tests.runs import REHEARSAL, ROOT, SMALL, contents, datadose, start
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +164,10 @@ def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_pat
 
 def test_two_runs_at_once_on_one_store_give_one_result(tmp_path, ray_address):
     store, study = tmp_path / "store", small(tmp_path)
-    command = [sys.executable, "-m", "jobs.cli", "run", str(study)]
-    runs = [
-        subprocess.Popen(command, cwd=ROOT, env=environment(store, RAY_ADDRESS=ray_address), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    runs = [start("run", study, store=store, RAY_ADDRESS=ray_address) for _ in range(2)]
     for run in runs:
-        _, err = run.communicate(timeout=600)
-        assert run.returncode == 0, err
+        ended = run.wait()
+        assert ended.returncode == 0, ended.stderr
     manifests = [json.loads(path.read_text()) for path in (store / "manifests").rglob("*.json")]
     assert len(manifests) == 12
     committed = {item["key"] for manifest in manifests for item in manifest["objects"].values()}
