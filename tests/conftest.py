@@ -138,7 +138,10 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each."""
+    """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each.
+
+    Without tokens, which embedded ones turn on: whether to send one is read when Ray is imported, before the runs are forked.
+    """
     folder = tmp_path_factory.mktemp("ray")
     crash = {"PYTHONPATH": str(ROOT / "tests" / "crash"), "CRASH_CONTROL": str(folder / "control")}
     code = (
@@ -147,7 +150,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     )
     command = [sys.executable, "-c", code]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, **crash))
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, RAY_AUTH_MODE="disabled", **crash)
+        )
         assert process.stdout is not None
         yield RayCluster(process.stdout.readline().strip(), folder / "control", crash)
         process.communicate("")

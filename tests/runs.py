@@ -47,9 +47,7 @@ judges = ["scripted/longest"]
 
 def environment(store: Path | str, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DATADOSE_")}
-    # An embedded Ray turns tokens on by itself; whoever attaches to one has to say so.
-    attached = {"RAY_AUTH_MODE": "token"} if extra.get("RAY_ADDRESS") else {}
-    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **attached, **extra}
+    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **extra}
 
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -250,7 +250,10 @@ def test_full_disk_is_named_and_what_was_committed_goes_on_once_there_is_space(t
 
 
 def test_study_on_a_users_table_quarantines_bad_rows_by_line_and_needs_no_teacher_and_no_judge(tmp_path, ray_address):
-    rows = [f"Shop {index % 4},Item {index}: the {color} lamp of Brand {index}. Costs {index}.50 EUR,{color},{index}.50" for index, color in enumerate(["red", "blue"] * 12)]
+    rows = [
+        f"Shop {index % 4},Item {index}: the {color} lamp of Brand {index}. Costs {index}.50 EUR,{color},{index}.50"
+        for index, color in enumerate(["red", "blue"] * 12)
+    ]
     (tmp_path / "pages.csv").write_text("\n".join(["store,page,color,price", *rows, "Shop 9,,red,1", "Shop 9,text"]) + "\n")
     (tmp_path / "mine.toml").write_text(
         'name = "mine"\nbase = "scripted/writer"\nprecision = "float32"\n'
