@@ -55,7 +55,8 @@ def print_results(results: dict[str, object]) -> None:
         console.print("[bold red]The judge cannot be trusted; read the held-out loss and the checks, which need no judge.[/bold red]")
     keys = [judge["key"] for judge in results["judges"]]  # type: ignore[attr-defined]
     table = Table(title=f"study {results['study']}", box=None, padding=(0, 1, 0, 0))  # fits 80 columns with one judge
-    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", results["measure"] or "checks", *(f"win rate W/L/T/? {key}" for key in keys)):
+    measure = str(results["measure"] or "checks")
+    for column in ("cell", "rows", "steps", "epochs", "loss", "vs base", measure, *(f"win rate W/L/T/? {key}" for key in keys)):
         table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=not column.startswith("win"))
     for cell in results["cells"]:  # type: ignore[attr-defined]
         table.add_row(
