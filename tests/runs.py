@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,13 @@ class Run:
     def poll(self) -> int | None:
         return self._process.exitcode  # type: ignore[no-any-return]
 
+    def family(self) -> list[psutil.Process]:
+        """The processes that it has started, and they; none once it has ended."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def wait(self, timeout: float = 900) -> Finished:
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -134,3 +142,9 @@ def tables(store: Path) -> dict[str, object]:
             elif "adapter" in name:
                 found[f"{manifest['step']}/{name}"] = data.read_bytes()
     return found
+
+
+def report_files(store: Path, study: str = "rehearsal") -> dict[str, Path]:
+    """The committed report of a study by the names of its files."""
+    (manifest,) = (store / "manifests/report").glob(f"{study}-*.json")
+    return {name: store / item["key"] for name, item in json.loads(manifest.read_text())["objects"].items()}

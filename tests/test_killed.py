@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,10 +17,11 @@ def test_killed_worker_is_replaced_and_the_study_ends(tmp_path, small_study, und
     process = start("run", small_study, store=store)
     killed = False
     while process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-            if not killed and child.is_running() and "MapWorker" in child.name():
-                os.kill(child.pid, signal.SIGKILL)
-                killed = True
+        for child in process.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not killed and "MapWorker" in child.name():
+                    child.kill()
+                    killed = True
         time.sleep(0.05)  # polls another program's processes, which tell nobody when they start
     ended = process.wait()
     assert killed
@@ -33,7 +35,7 @@ def test_killed_driver_leaves_no_process_behind(tmp_path, small_study):
     process = start("run", small_study, store=tmp_path / "store")
     family: dict[int, psutil.Process] = {}
     while process.poll() is None and not any("MapWorker" in child.name() for child in family.values() if child.is_running()):
-        family |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+        family |= {child.pid: child for child in process.family()}
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
