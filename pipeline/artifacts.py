@@ -5,7 +5,7 @@ objects under keys unique to the attempt and then one manifest by conditional cr
 readers trust manifests and nothing else, so two drivers, a late attempt or a kill at any byte leave a whole step or none.
 
 Layout: `manifests/<stage>/<step>.json` (one listing tells what is done), `objects/<stage>/<step>/<attempt>/<name>`,
-`events/<study>/<run>.jsonl`.
+`events/<study>/<run>.jsonl`, `journal/<stage>/<step>/<attempt>/<number>.jsonl` (pipeline.journal).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import psutil
 
 from pipeline.artifacts import Store, done_keys, open_store
 from pipeline.errors import UserError
+from pipeline.ledger import require_budget
 from pipeline.models import package_file
 from pipeline.plan import Plan
 from pipeline.runtime import Runtime
@@ -38,6 +39,7 @@ def preflight(plan: Plan, runtime: Runtime) -> None:
     store = open_store(runtime.store)
     if all(step.key in done_keys(store) for step in plan.steps):
         return
+    require_budget(plan, store)
     checks = [writable(store)]
     if not plan.study.simulated:
         checks += [*models(plan), memory(runtime)]

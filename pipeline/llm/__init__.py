@@ -46,10 +46,25 @@ class Completion:
     completion_tokens: int
     prompt_logprobs: tuple[float, ...] | None = None
     """Log-probability (nats) of each prompt token but the first, where asked for."""
+    outcome: str = ""
+    """One of schemas.STATUSES; empty: what the finish reason says."""
+    reason: str | None = None
+    """Why not ok, where it is known."""
+    served_model: str | None = None
+    """The model as the endpoint named it."""
+    attempts: int = 1
+    """Requests that were sent for this answer."""
+    first_byte_s: float | None = None
+    total_s: float | None = None
+    """Of the last attempt, from sending to its first byte and to its end."""
 
     @property
     def status(self) -> str:
-        return "truncated" if self.finish_reason == "length" else "ok"
+        return self.outcome or ("truncated" if self.finish_reason == "length" else "ok")
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
 
 
 class LanguageModel(Protocol):

@@ -13,12 +13,12 @@ from pipeline.plan import BASE, Plan
 from pipeline.runtime import Runtime
 from pipeline.schemas import GENERATIONS, to_table
 from pipeline.stages import Context, Failed, Steps
-from pipeline.stages.answering import Work, answer
+from pipeline.stages.answering import Asked, Work, answer
 
 
 def build(context: Context, steps: Steps) -> Failed:
     adapters = sum(step.name != BASE for step in context.plan.stage("generate"))
-    return answer(context, steps, context.plan.study.base, prepare, "generations", adapters=adapters)
+    return answer(context, steps, Asked(context.plan.study.base, prepare, "generations", adapters=adapters))
 
 
 def prepare(plan: Plan, step: Step, store: Store, runtime: Runtime) -> Work:
