@@ -122,4 +122,5 @@ def _line(key: str, completion: Completion) -> bytes:
 def _parsed(line: bytes) -> tuple[str, Completion]:
     fields: dict[str, Any] = dict(json.loads(line))
     key = fields.pop("key")
-    return str(key), Completion(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return str(key), Completion(**fields | lists)

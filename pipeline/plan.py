@@ -371,7 +371,7 @@ def planned_use(plan: Plan, done: Collection[str] = ()) -> dict[str, Usage]:
     missing = [step for step in (*plan.stage("synthesize"), *plan.stage("judge")) if step.key not in done and paid(step)]
     rich = _tokens(task.rich, plan.train_rows) if missing and task.rich else 0.0
     judged = _tokens(task.plain, plan.evaluation_rows) + 2 * study.generation.max_tokens if missing else 0.0
-    questions = {name: _question_tokens(task, name) for name in study.judging.protocols} if study.judging.judges else {}
+    questions: dict[str, float] = {name: _question_tokens(task, name) for name in study.judging.protocols} if study.judging.judges else {}
     for step in missing:
         if step.stage == "synthesize":
             count, asked, answered = len(plan.shards[step.key]), rich, study.synthesis.sampling.max_tokens

@@ -124,8 +124,8 @@ class Answerer:
 def quarantined(table: pa.Table) -> Counter[str]:
     """Rows of a table that are not ok, by status and reason."""
     reasons = table["reason"].to_pylist() if "reason" in table.schema.names else [None] * table.num_rows
-    pairs = zip(table["status"].to_pylist(), reasons, strict=True)
-    return Counter(f"{status}: {reason}" if reason else status for status, reason in pairs if status != "ok")
+    statuses: list[Any] = table["status"].to_pylist()
+    return Counter(f"{status}: {reason}" if reason else status for status, reason in zip(statuses, reasons, strict=True) if status != "ok")
 
 
 def answer(context: Context, steps: Steps, asked: Asked) -> Failed:
