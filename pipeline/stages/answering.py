@@ -24,6 +24,7 @@ from pipeline.journal import Journal
 from pipeline.ledger import spent
 from pipeline.llm import Completion, Request, engine_environment, open_model
 from pipeline.llm.asking import Answered, Asker, still_known
+from pipeline.llm.limiter import Limiter, limiter_for
 from pipeline.plan import Plan, asked_model, make_plan
 from pipeline.runtime import Runtime
 from pipeline.stages import Context, Failed, Steps
@@ -60,12 +61,12 @@ class Answerer:
     settled: the stage as a whole is within its limit, so steps that were held back are committed as they are.
     """
 
-    def __init__(self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, board: Any, tally: Any) -> None:
+    def __init__(self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, limiter: Limiter | None, board: Any, tally: Any) -> None:
         self._runtime = Runtime.model_validate_json(runtime)
         self._plan = make_plan(Study.model_validate_json(study))
         self._store = open_store(self._runtime.store)
         self._asked, self._settled, self._board, self._tally = asked, settled, board, tally
-        model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank)
+        model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank, limiter)
         self._asker = Asker(model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -171,7 +172,7 @@ def _round(context: Context, steps: Steps, asked: Asked, tally: Tally, before: B
             Answerer,
             fn_constructor_kwargs={
                 "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(), "asked": asked, "spent_before": before,
-                "settled": settled, "board": counts, "tally": shared,
+                "settled": settled, "limiter": limiter_for(asked.model, runtime), "board": counts, "tally": shared,
             },
             batch_size=1,
             batch_format="pyarrow",
