@@ -15,6 +15,8 @@ from tests.runs import SMALL, contents, datadose, start
 
 MODEL = "openai-compatible/small"
 IN_FLIGHT = 4
+SPARING = 1
+"""A seed of the server whose faults do not meet the preflight's own request."""
 PRICES = f'[prices]\ndate = 2026-11-01\n"{MODEL}" = {{ input = 1000.0, output = 2000.0 }}\n'
 
 
@@ -99,7 +101,7 @@ def test_run_that_reaches_its_budget_ends_with_3_and_goes_on_with_a_larger_one(t
 
 def test_too_many_failed_rows_stop_the_stage_and_once_mended_only_these_are_asked_again(tmp_path, ray_address):
     store, few = tmp_path / "store", study(tmp_path, quarantined=0.1)
-    with EndpointServer(chances={"400": 0.4}) as server:
+    with EndpointServer(chances={"400": 0.4}, seed=SPARING) as server:
         run = datadose("run", few, store=store, RAY_ADDRESS=ray_address, **setting(server))
         assert run.returncode == 3, run.stderr
         flat = " ".join(run.stderr.split())
@@ -116,7 +118,7 @@ def test_too_many_failed_rows_stop_the_stage_and_once_mended_only_these_are_aske
 
 def test_failed_rows_within_the_studys_share_are_quarantined_with_their_reasons(tmp_path, ray_address):
     store = tmp_path / "store"
-    with EndpointServer(chances={"400": 0.2}) as server:
+    with EndpointServer(chances={"400": 0.2}, seed=SPARING) as server:
         run = datadose("run", study(tmp_path, quarantined=0.6), store=store, RAY_ADDRESS=ray_address, **setting(server))
         assert run.returncode == 0, run.stderr
     told = results(store)["rows"]
