@@ -35,7 +35,8 @@ PRICES = {"date": "2026-11-01", "currency": "EUR", TEACHER: {"input": 0.05, "out
 def study(**tables: Any) -> Study:
     """The laptop's study with a teacher and a judge behind endpoints."""
     raw = copy.deepcopy(load_study("laptop").model_dump(mode="json"))
-    raw["synthesis"]["teacher"], raw["judging"]["judges"] = TEACHER, [JUDGE]
+    raw["synthesis"] |= {"teacher": TEACHER, "sampling": {"max_tokens": 128}}
+    raw["judging"]["judges"] = [JUDGE]
     for name, table in tables.items():
         raw[name] = {**raw[name], **table} if name in ("synthesis", "judging") else table
     return parse(Study, raw, "study.toml")
