@@ -47,6 +47,8 @@ def plan(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) 
     for stage, count in tokens.items():
         asked = f"{requests[stage]:,} requests" if stage in requests else f"{described['cost']['training_rows']:,} rows in {described['cost']['steps']:,} steps"
         console.print(f"{stage:<11} {asked}, about {count:,} tokens")
+    if endpoints := described["cost"]["endpoints"]:
+        _print_prices(endpoints)
     if limits := described["detectable"]:
         alone, corrected = (f"{limits[key]:.2f}" if limits[key] else "none" for key in ("one_cell", "all_cells"))
         console.print(
@@ -159,6 +161,18 @@ def doctor(study: StudyName = "laptop") -> None:
 def _warn_simulated(described: dict[str, Any]) -> None:
     if described["simulated"]:
         console.print(f"[red]Simulated: {', '.join(described['simulated'])} played by a scripted model[/red]")
+
+
+def _print_prices(endpoints: dict[str, Any]) -> None:
+    def priced(money: float | None) -> str:
+        return "no price in \\[prices]" if money is None else f"at most about {money:,.4f} {endpoints['currency']}"
+
+    for model, use in endpoints["models"].items():
+        console.print(
+            f"{model}: {use['requests']:,} requests, about {use['input_tokens']:,} tokens in and {use['output_tokens']:,} out: {priced(use['money'])}"
+        )
+    day = f" (prices of {endpoints['prices_of']})" if endpoints["prices_of"] else ""
+    console.print(f"endpoints altogether: {priced(endpoints['money'])}{day}")
 
 
 def _print_stages(described: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.artifacts import done_keys, open_store
-from pipeline.errors import StageError, UserError, WriteError, nearest
+from pipeline.errors import EndpointStopped, StageError, UserError, WriteError, nearest
 from pipeline.events import Events, Listener
+from pipeline.ledger import require_budget
 from pipeline.plan import STAGES, Plan, make_plan
 from pipeline.runtime import Runtime
 from pipeline.stages import Context, build_stage
@@ -54,7 +55,7 @@ def exit_codes() -> Iterator[None]:
     except StageError as error:
         errors.print(f"[red]{_plain(error)}[/red]")
         sys.exit(PARTLY_BUILT if error.built else FAILED)
-    except WriteError as error:
+    except (WriteError, EndpointStopped) as error:
         errors.print(f"[red]{_plain(error)}[/red]")
         sys.exit(PARTLY_BUILT)
     except UserError as error:
@@ -119,7 +120,9 @@ def run_stage(stage: str) -> None:
     with exit_codes():
         if len(sys.argv) != 2:
             raise UserError(f"usage: python -m jobs.{stage} STUDY (a name in jobs/studies or a .toml file), got {sys.argv[1:]}")
-        built = build(plan_of(sys.argv[1]), runtime_from(os.environ), (stage,))
+        plan, runtime = plan_of(sys.argv[1]), runtime_from(os.environ)
+        require_budget(plan, open_store(runtime.store))
+        built = build(plan, runtime, (stage,))
         console.print(f"{stage}: {built} steps built")
 
 

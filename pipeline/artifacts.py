@@ -5,7 +5,7 @@ objects under keys unique to the attempt and then one manifest by conditional cr
 readers trust manifests and nothing else, so two drivers, a late attempt or a kill at any byte leave a whole step or none.
 
 Layout: `manifests/<stage>/<step>.json` (one listing tells what is done), `objects/<stage>/<step>/<attempt>/<name>`,
-`events/<study>/<run>.jsonl`.
+`events/<study>/<run>.jsonl`, `journal/<stage>/<step>/<attempt>/<number>.jsonl` (pipeline.journal).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -215,6 +216,12 @@ class S3Store:
             raise UserError(f"store {uri!r}: wanted s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
         self._s3 = client or self._connect()
+
+    @property
+    def hosts(self) -> tuple[str, str]:
+        """Where its requests go: to the endpoint, or to the bucket as a host of it."""
+        host = urlsplit(self._s3.meta.endpoint_url).hostname or ""
+        return host, f"{self.bucket}.{host}"
 
     @staticmethod
     def _connect() -> S3Client:

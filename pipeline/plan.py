@@ -10,18 +10,19 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import judging, sampling
 from pipeline.artifacts import Step, digest
+from pipeline.budget import Usage, added, money, require_prices
 from pipeline.errors import UserError, nearest
-from pipeline.study import Evaluation, Study, parse
+from pipeline.study import Evaluation, ModelName, Sampling, Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
-VERSIONS = {"synthesize": 1, "subset": 1, "train": 1, "generate": 1, "judge": 2, "report": 1}
+VERSIONS = {"synthesize": 2, "subset": 1, "train": 1, "generate": 1, "judge": 3, "report": 2}
 """Bumped when a stage's code changes its results: older artifacts are then not found and not touched."""
 
 SHARD_ROWS = 64
@@ -95,6 +96,19 @@ class Plan:
         return {step.key for step in self.steps if step.name == only or step.name.startswith(f"{only}-")}
 
 
+def asked_model(step: Step) -> str | None:
+    """The model whose answers a step is made of, as the study writes its name; None where it asks none."""
+    role = {"synthesize": "teacher", "generate": "base", "judge": "judge"}.get(step.stage)
+    model: str | None = step.config[role] if role else None
+    return model
+
+
+def paid(step: Step) -> bool:
+    """Whether an endpoint answers what the step asks."""
+    model = asked_model(step)
+    return model is not None and ModelName.parse(model).behind_endpoint
+
+
 def sizes_of(study: Study, asked: int) -> tuple[int, ...]:
     """Distinct rows of the grid's sizes, largest first; shares are of the `asked` training rows."""
     return tuple(sorted({*study.grid.rows, *(max(1, round(share * asked)) for share in study.grid.shares)}, reverse=True))
@@ -119,6 +133,8 @@ def cells_of(study: Study, asked: int) -> tuple[Cell, ...]:
 
 def make_plan(study: Study) -> Plan:
     """Raises UserError for whatever of the study cannot be done."""
+    _answerable(study)
+    require_prices(study)
     task = load(study.task["name"])
     params = parse(task.params, study.task, "[task]")
     if task.rich and not study.synthesis.teacher:
@@ -158,6 +174,17 @@ def make_plan(study: Study) -> Plan:
     )
     every = (*steps, *subsets.values(), *trained, *generated, *judged, report)
     return Plan(study, task, params, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
+
+
+def _answerable(study: Study) -> None:
+    """Raises UserError for what a model behind an endpoint cannot do for this study."""
+    if (base := ModelName.parse(study.base)).behind_endpoint:
+        raise UserError(f"base = {study.base!r} is behind an endpoint and cannot be trained; give the model that {base.name} is by its hub name or its folder")
+    teacher = ModelName.parse(study.synthesis.teacher) if study.synthesis.teacher else None
+    if teacher and teacher.provider == "groq":
+        sampling = study.synthesis.sampling
+        if unknown := [name for name in ("top_k", "min_p", "repetition_penalty") if getattr(sampling, name) != Sampling.model_fields[name].default]:
+            raise UserError(f"synthesis.sampling: groq takes no {', '.join(unknown)}, and without it the answers would be others; take it out")
 
 
 def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str) -> list[Example]:
@@ -343,14 +370,51 @@ def cost(plan: Plan) -> dict[str, Any]:
             "synthesize": round(asked * (rich + study.synthesis.sampling.max_tokens)) if task.rich else 0,
             "train": round(exposures * (trained_prompt + trained_answer)),
             "generate": round(models * evaluation * (plain + answer)),
-            "judge": round(sum(count * (plain + 2 * answer + _verdict_tokens(task, name)) for name, count in verdicts.items())),
+            "judge": round(sum(count * (plain + 2 * answer + _question_tokens(task, name) + _verdict_tokens(name)) for name, count in verdicts.items())),
         },
+        "endpoints": _endpoints(plan),
     }
 
 
-def _verdict_tokens(task: Task, protocol: str) -> float:
-    """Of a question without what is judged, and of its answer at its longest."""
-    return _conversation_tokens(_sample_question(task, protocol, 0)) + judging.PROTOCOLS[protocol].sampling.max_tokens
+def planned_use(plan: Plan, done: Collection[str] = ()) -> dict[str, Usage]:
+    """Model behind an endpoint -> what its steps whose keys are not in `done` will use, every answer at its longest, no retries."""
+    study, task, found = plan.study, plan.task, dict[str, Usage]()
+    evaluation = len(plan.evaluation_rows)
+    missing = [step for step in (*plan.stage("synthesize"), *plan.stage("judge")) if step.key not in done and paid(step)]
+    rich = _tokens(task.rich, plan.train_rows) if missing and task.rich else 0.0
+    judged = _tokens(task.plain, plan.evaluation_rows) + 2 * study.generation.max_tokens if missing else 0.0
+    questions: dict[str, float] = {name: _question_tokens(task, name) for name in study.judging.protocols} if study.judging.judges else {}
+    for step in missing:
+        if step.stage == "synthesize":
+            count, asked, answered = len(plan.shards[step.key]), rich, study.synthesis.sampling.max_tokens
+        else:
+            protocol = str(step.config["protocol"])
+            count, asked, answered = evaluation * len(judging.PROTOCOLS[protocol].orders), judged + questions[protocol], _verdict_tokens(protocol)
+        found = added(found, str(asked_model(step)), Usage(count, math.ceil(count * asked), count * answered))
+    return found
+
+
+def _endpoints(plan: Plan) -> dict[str, Any] | None:
+    """What the whole study asks of endpoints and what that costs; None where it asks none. money: None without the prices."""
+    use, prices = planned_use(plan), plan.study.prices
+    if not use:
+        return None
+    models = {
+        model: {"requests": usage.requests, "input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens, "money": money(prices, {model: usage})}
+        for model, usage in use.items()
+    }
+    day = prices.date.isoformat() if prices.date else None
+    return {"models": models, "money": money(prices, use), "currency": prices.currency, "prices_of": day}
+
+
+def _question_tokens(task: Task, protocol: str) -> float:
+    """Of a question to a judge without what is judged."""
+    return _conversation_tokens(_sample_question(task, protocol, 0))
+
+
+def _verdict_tokens(protocol: str) -> int:
+    """Of a judge's answer at its longest."""
+    return judging.PROTOCOLS[protocol].sampling.max_tokens
 
 
 def _tokens(prompt: Any, rows: tuple[Example, ...]) -> float:

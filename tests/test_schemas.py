@@ -95,15 +95,24 @@ def test_null_in_a_required_column_raises_value_error_that_names_row_and_column(
         schemas.to_table([a_row(SCHEMAS[name]), a_row(SCHEMAS[name], **{column: None})], SCHEMAS[name])
 
 
-def test_columns_that_may_be_null_are_the_values_of_a_parse_the_probe_and_what_only_a_teacher_has():
+def test_columns_that_may_be_null_are_the_values_of_a_parse_the_probe_what_only_a_teacher_has_and_how_an_answer_came():
     assert nullable == [
         ("EXAMPLES", "rich"),
         ("EXAMPLES", "reason"),
         ("EXAMPLES", "answer"),
+        ("EXAMPLES", "served_model"),
+        ("EXAMPLES", "attempts"),
+        ("EXAMPLES", "first_byte_s"),
+        ("EXAMPLES", "total_s"),
         ("GENERATIONS", "answer"),
         ("GENERATIONS", "prompt_logprobs"),
         ("VERDICTS", "pick"),
         ("VERDICTS", "explanation"),
+        ("VERDICTS", "reason"),
+        ("VERDICTS", "served_model"),
+        ("VERDICTS", "attempts"),
+        ("VERDICTS", "first_byte_s"),
+        ("VERDICTS", "total_s"),
     ]
 
 

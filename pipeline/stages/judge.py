@@ -11,19 +11,21 @@ import pyarrow as pa
 
 from pipeline import judging
 from pipeline.artifacts import Step, Store, read_table
+from pipeline.budget import Limit
 from pipeline.llm import Completion, Request
 from pipeline.plan import BROKEN, Plan
 from pipeline.runtime import Runtime
-from pipeline.schemas import VERDICTS, to_table
+from pipeline.schemas import VERDICTS, to_table, wire
 from pipeline.stages import Context, Failed, Steps
-from pipeline.stages.answering import Work, answer
+from pipeline.stages.answering import Asked, Work, answer
 from pipeline.tasks import Conversation
 
 
 def build(context: Context, steps: Steps) -> Failed:
     failed: Failed = {}
+    limit = Limit("judging.max_quarantined", context.plan.study.judging.max_quarantined)
     for judge, group in itertools.groupby(steps, key=lambda step: str(step.config["judge"])):
-        failed |= answer(context, list(group), judge, prepare, "verdicts")
+        failed |= answer(context, list(group), Asked(judge, prepare, "verdicts", limit))
     return failed
 
 
@@ -56,10 +58,11 @@ def _table(step: Step, asked: list[tuple[dict[str, Any], int, Conversation]], co
     protocol = judging.PROTOCOLS[str(step.config["protocol"])]
     rows = []
     for (row, order, _), completion in zip(asked, completions, strict=True):
-        verdict = protocol.parse(completion.text, completion.finish_reason, order)
+        verdict = judging.Verdict(completion.status, None)
+        if completion.status in ("ok", "truncated"):  # else there is no text of the judge to parse
+            verdict = protocol.parse(completion.text, completion.finish_reason, order)
         rows.append({
             "row_id": row["row_id"], "fields": row["fields"], "protocol": step.config["protocol"], "judge": step.config["judge"],
-            "order": order, "raw": completion.text, **verdict._asdict(),
-            "prompt_tokens": len(completion.prompt_ids), "completion_tokens": completion.completion_tokens,
+            "order": order, "raw": completion.text, **verdict._asdict(), "reason": None if verdict.status == "ok" else completion.reason, **wire(completion),
         })  # fmt: skip
     return to_table(rows, VERDICTS)

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pipeline.analysis import estimates, gates
 from pipeline.analysis.overlap import NGRAM, ngram_shares, overlap
 from pipeline.artifacts import Manifest, Step, Store, commit, provenance, read_manifest, read_table
-from pipeline.plan import BASE, BROKEN, STAGES, ZERO, Plan, cost, detectable, steps_of
+from pipeline.ledger import ledger
+from pipeline.plan import BASE, BROKEN, ZERO, Plan, cost, detectable, steps_of
 from pipeline.schemas import STATUSES
 from pipeline.stages import Context, Failed, Steps, report_pairs, report_verdicts
 from pipeline.stages.report_page import page
@@ -76,7 +77,7 @@ def make_report(plan: Plan, store: Store) -> Report:
         "detectable": detectable(plan),
         "rows": _row_counts(plan, store, found),
         "subsets": {step.name: {"drawn": found[step].facts["drawn"], "rows": found[step].facts["rows"]} for step in plan.stage("subset") if step in found},
-        "ledger": _ledger(found),
+        "ledger": ledger(plan, found),
         "cost_planned": cost(plan),
         "resolved_study": plan.study.model_dump(mode="json"),
         "provenance": dict(provenance()),
@@ -238,12 +239,3 @@ def _row_counts(plan: Plan, store: Store, found: Mapping[Step, Manifest]) -> dic
                 if row["reason"] and len(split["reasons"]) < REASONS:
                     split["reasons"].append(row["reason"])
     return counts
-
-
-def _ledger(found: Mapping[Step, Manifest]) -> dict[str, dict[str, float]]:
-    ledger: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
-    for step, manifest in found.items():
-        for fact in ("requests", "prompt_tokens", "completion_tokens", "tokens", "seconds"):
-            if fact in manifest.facts:
-                ledger[step.stage][fact] = ledger[step.stage].get(fact, 0) + manifest.facts[fact]
-    return {stage: facts for stage, facts in ledger.items() if facts}

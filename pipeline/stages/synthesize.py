@@ -9,22 +9,25 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.artifacts import Step, Store, commit
+from pipeline.budget import Limit
 from pipeline.llm import Completion, Request, seed_of
 from pipeline.plan import Plan
 from pipeline.runtime import Runtime
-from pipeline.schemas import EXAMPLES, to_table
+from pipeline.schemas import EXAMPLES, to_table, wire
 from pipeline.stages import Context, Failed, Steps
-from pipeline.stages.answering import Work, answer
-from pipeline.tasks import Example
+from pipeline.stages.answering import Asked, Work, answer
+from pipeline.tasks import Example, Parsed
 
 
 def build(context: Context, steps: Steps) -> Failed:
-    teacher = context.plan.study.synthesis.teacher
-    if teacher is not None:
-        return answer(context, steps, teacher, prepare, "examples")
+    synthesis = context.plan.study.synthesis
+    if synthesis.teacher is not None:
+        limit = Limit("synthesis.max_quarantined", synthesis.max_quarantined)
+        return answer(context, steps, Asked(synthesis.teacher, prepare, "examples", limit))
     for index, step in enumerate(steps):
         table = own_rows(context.plan, step)
-        commit(context.store, step, {"examples.parquet": table}, {"rows": table.num_rows, "ok": table["status"].to_pylist().count("ok")})
+        good = table["status"].to_pylist().count("ok")
+        commit(context.store, step, {"examples.parquet": table}, {"rows": table.num_rows, "ok": good, "quarantined": table.num_rows - good})
         context.committed(step)
         context.events.emit("progress", stage="synthesize", done=index + 1, total=len(steps), unit="shards")
     return {}
@@ -46,10 +49,12 @@ def _table(plan: Plan, step: Step, completions: list[Completion]) -> pa.Table:
     assert task.parse is not None
     rows = []
     for row, completion in zip(plan.shards[step.key], completions, strict=True):
-        status, answer = task.parse(plan.params, row.fields, completion.text, completion.status == "ok")
+        parsed = Parsed(completion.status, None)
+        if completion.status in ("ok", "truncated"):  # else there is no text of the teacher to parse
+            parsed = task.parse(plan.params, row.fields, completion.text, completion.status == "ok")
         rows.append({
-            **_asked(plan, row), "rich": json.dumps(task.rich(row.fields)), "raw": completion.text, "status": status, "reason": None, "answer": answer,
-            "finish_reason": completion.finish_reason, "prompt_tokens": len(completion.prompt_ids), "completion_tokens": completion.completion_tokens,
+            **_asked(plan, row), "rich": json.dumps(task.rich(row.fields)), "raw": completion.text, "status": parsed.status,
+            "reason": None if parsed.status == "ok" else completion.reason, "answer": parsed.value, **wire(completion),
         })  # fmt: skip
     return to_table(rows, EXAMPLES)
 
@@ -62,6 +67,7 @@ def own_rows(plan: Plan, step: Step) -> pa.Table:
         rows.append({
             **_asked(plan, row), "rich": None, "raw": row.answer or "", "status": status, "reason": row.problem,
             "answer": row.answer if row.problem is None else None, "finish_reason": "given", "prompt_tokens": 0, "completion_tokens": 0,
+            **dict.fromkeys(("served_model", "attempts", "first_byte_s", "total_s")),
         })  # fmt: skip
     return to_table(rows, EXAMPLES)
 

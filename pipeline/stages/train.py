@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,14 @@ def _train_share(config: dict[str, Any]) -> None:
     trainer = open_trainer(plan.study, runtime)
     for key in mine:
         try:
-            train_cell(plan, plan.by_key[key], store, trainer, config["board"])
+            train_cell(plan, plan.by_key[key], store, trainer, config["board"], runtime.gpus_per_worker)
         except Exception as error:  # whatever it is fails this cell alone, and is told
             logging.getLogger(__name__).exception("%s failed", key)
             ray.get(config["board"].fail.remote(key, f"{type(error).__name__}: {error}"))
 
 
-def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: Any) -> None:
-    rows = []
+def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: Any, gpus: float) -> None:
+    started, rows = time.monotonic(), []
     if step.config["steps"]:
         table = read_table(store, step.inputs[0], "subset.parquet")
         rows = [TrainingRow(row["row_id"], json.loads(row["conversation"]), row["answer"]) for row in table.to_pylist()]
@@ -104,9 +105,10 @@ def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: An
             f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")
         }
         objects |= {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
+        seconds = time.monotonic() - started  # reading, training and the held-out loss
         facts = {
             "trainer": type(trainer).__name__, "rows": len(rows), "cut_rows": made.cut_rows,
-            "tokens": sum(row["tokens"] for row in made.log), "seconds": sum(row["seconds"] for row in made.log),
+            "tokens": sum(row["tokens"] for row in made.log), "seconds": seconds, "gpu_seconds": gpus * seconds if gpus else None,
         }  # fmt: skip
         commit(store, step, objects, facts)
         board.finish.remote(step.key)

@@ -1,0 +1,133 @@
+"""A study whose teacher and judge are behind an endpoint: killed on the way, over its budget, with rows that fail for good."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.endpoint_server import EndpointServer, Record
+from tests.runs import SMALL, contents, datadose, start
+
+MODEL = "openai-compatible/small"
+IN_FLIGHT = 4
+SPARING = 1
+"""A seed of the server whose faults do not meet the preflight's own request."""
+UNEVEN = 42
+"""A seed with which three of the 24 rows for training meet a fault, and two of the three for evaluation."""
+PRICES = f'[prices]\ndate = 2026-11-01\n"{MODEL}" = {{ input = 1000.0, output = 2000.0 }}\n'
+
+
+def study(folder: Path, more: str = "", quarantined: float = 0.5) -> Path:
+    text = SMALL.replace('teacher = "scripted/writer"', f'teacher = "{MODEL}"\nmax_quarantined = {quarantined}')
+    path = folder / "small.toml"
+    path.write_text(text.replace("scripted/longest", MODEL) + more)
+    return path
+
+
+def setting(server: EndpointServer) -> dict[str, str]:
+    return {"DATADOSE_ENDPOINT_URL": server.url, "DATADOSE_ENDPOINT_BACKOFF_S": "0.01", "DATADOSE_REQUESTS_IN_FLIGHT": str(IN_FLIGHT)}
+
+
+def of_rows(records: list[Record]) -> list[Record]:
+    """Without the trials of the preflight, which are repeated by every run."""
+    return [record for record in records if json.loads(record.body).get("max_tokens") != 1]
+
+
+def facts(store: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text())["facts"] for path in sorted((store / f"manifests/{stage}").glob("*.json"))]
+
+
+def results(store: Path) -> dict[str, Any]:
+    (path,) = (store / "manifests/report").glob("*.json")
+    found: dict[str, Any] = json.loads((store / json.loads(path.read_text())["objects"]["results.json"]["key"]).read_text())
+    return found
+
+
+def test_ledger_has_what_the_endpoint_counted_and_the_journals_are_gone(tmp_path, ray_address):
+    store = tmp_path / "store"
+    with EndpointServer(each=["503"]) as server:
+        run = datadose("run", study(tmp_path, PRICES), store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert run.returncode == 0, run.stderr
+        asked = of_rows(server.requests)
+    told = results(store)["ledger"]
+    assert told["stages"]["synthesize"]["requests"] + told["stages"]["judge"]["requests"] == len(asked) == 2 * (27 + 18)
+    tokens = sum(told["stages"][stage][name] for stage in ("synthesize", "judge") for name in ("input_tokens", "output_tokens"))
+    assert tokens == sum(record.tokens for record in asked if record.delivered_at is not None)
+    wanted = sum(told["stages"][stage]["input_tokens"] * 1e-3 + told["stages"][stage]["output_tokens"] * 2e-3 for stage in ("synthesize", "judge"))
+    assert told["total"]["money"] == pytest.approx(wanted)
+    assert not any(name.startswith("journal/") for name in contents(store))
+
+
+@pytest.mark.timeout(600)
+def test_study_killed_on_the_way_asks_twice_at_most_for_what_was_under_way(tmp_path):
+    store, kills = tmp_path / "store", (9, 20)
+    with EndpointServer(latency_s=0.2) as server:
+        for count in kills:
+            before = len(of_rows(server.requests))
+            process = start(study(tmp_path), store, **setting(server))
+            while len(of_rows(server.requests)) - before < count:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)  # polls another program's requests
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for member in family:
+                member.kill()
+            psutil.wait_procs(family, timeout=60)
+            process.communicate()
+        run = datadose("run", study(tmp_path), store=store, **setting(server))
+        assert run.returncode == 0, run.stderr
+        assert len(of_rows(server.asked_after_delivery())) <= IN_FLIGHT * len(kills)
+        assert len(of_rows(server.requests)) <= 27 + 18 + IN_FLIGHT * len(kills)
+    assert sum(part["ok"] + part["quarantined"] for part in facts(store, "synthesize")) == 27
+
+
+def test_run_that_reaches_its_budget_ends_with_3_and_goes_on_with_a_larger_one(tmp_path, ray_address):
+    store = tmp_path / "store"
+    with EndpointServer(each=["503"]) as server:  # twice the requests that were planned
+        run = datadose("run", study(tmp_path, "[budget]\nrequests = 46\n"), store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert run.returncode == 3, run.stderr
+        assert "budget.requests = 46" in " ".join(run.stderr.split())
+        assert 46 <= len(of_rows(server.requests)) <= 46 + 2 * IN_FLIGHT
+        again = datadose("run", study(tmp_path, "[budget]\nrequests = 46\n"), store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert again.returncode in (2, 3)
+        assert len(of_rows(server.requests)) <= 46 + 2 * IN_FLIGHT
+        rest = datadose("run", study(tmp_path, "[budget]\nrequests = 200\n"), store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert rest.returncode == 0, rest.stderr
+        assert of_rows(server.asked_after_delivery()) == []
+        assert len(of_rows(server.requests)) == 2 * (27 + 18)
+
+
+def test_too_many_failed_rows_stop_the_stage_and_once_mended_only_these_are_asked_again(tmp_path, ray_address):
+    store, few = tmp_path / "store", study(tmp_path, quarantined=0.1)
+    with EndpointServer(chances={"400": 0.4}, seed=SPARING) as server:
+        run = datadose("run", few, store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert run.returncode == 3, run.stderr
+        flat = " ".join(run.stderr.split())
+        assert "synthesis.max_quarantined = 0.1" in flat
+        assert "x error: " in flat
+        answered = sum(server.delivered().values())
+        server.configure(chances={})
+        rest = datadose("run", few, store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert rest.returncode == 0, rest.stderr
+        assert of_rows(server.asked_after_delivery()) == []
+        assert sum(server.delivered().values()) > answered
+    assert sum(part["ok"] for part in facts(store, "synthesize")) == 27
+
+
+def test_failed_rows_within_the_studys_share_are_quarantined_with_their_reasons_also_where_one_step_has_more(tmp_path, ray_address):
+    store = tmp_path / "store"
+    with EndpointServer(chances={"400": 0.2}, seed=UNEVEN) as server:
+        run = datadose("run", study(tmp_path, quarantined=0.25), store=store, RAY_ADDRESS=ray_address, **setting(server))
+        assert run.returncode == 0, run.stderr
+    shards = facts(store, "synthesize")
+    assert max(part["quarantined"] / part["rows"] for part in shards) > 0.25 > sum(part["quarantined"] for part in shards) / 27
+    assert not any(name.startswith("journal/") for name in contents(store))
+    told = results(store)["rows"]
+    for split in told.values():
+        assert split["ok"] + split["quarantined"] == split["asked"]
+    assert sum(split.get("error", 0) for split in told.values()) == sum(part["quarantined"] for part in facts(store, "synthesize")) > 0
+    assert all(reason.startswith("error: ") for part in facts(store, "synthesize") for reason in part["reasons"])
