@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from pipeline.llm import Completion, Request, open_model
 from pipeline.models import local_model
 from pipeline.runtime import Runtime
 from pipeline.study import ModelName, Sampling
+from tests.asking import answers
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -40,12 +40,14 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The server's address. It wants a key, and ends with the tests, by its process id."""
+    # What `vllm serve` starts; that program itself asks for a distribution named vllm, and the CPU build has another name.
     weights = local_model(WEIGHTS, Runtime().cache_dir)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        Path(sys.executable).parent / "vllm", "serve", weights, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", "smollm2",
+        "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS), "--max-num-seqs", "32", "--max-num-batched-tokens", str(CONTEXT_TOKENS),
         "--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(2**29), "--distributed-executor-backend", "uni",
         "--disable-log-stats", "--disable-uvicorn-access-log",
@@ -96,14 +98,11 @@ def ask(served, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def asked(*requests: Request, name: str = NAME) -> list[Completion]:
-        async def together():
-            model = open_model(name, Runtime(endpoint_url=served.url), "float32")
-            try:
-                return await asyncio.gather(*(model.complete(request) for request in requests))
-            finally:
-                model.close()
-
-        return asyncio.run(together())
+        found = answers(lambda: [open_model(name, Runtime(endpoint_url=served.url), "float32")], requests)
+        for outcome in found:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return found
 
     return asked
 
