@@ -319,9 +319,10 @@ def test_name_behind_an_endpoint_is_kept_whole_and_has_no_revision():
 # ---------------------------------------------------------------- one limiter for all actors
 
 
-def test_actors_of_a_run_share_one_limit(ray_address: str):
+def test_actors_of_a_run_share_one_limit(ray_address: str, monkeypatch: pytest.MonkeyPatch):
     import ray
 
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     ray.init(address=ray_address, log_to_driver=False)
     try:
         where = runtime(endpoint_url="http://127.0.0.1:1/v1")
