@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any
 
 TEN_YEARS_S = 10 * 365.25 * 24 * 3600
-RESET_STYLES = ("go", "go_long", "ms", "seconds", "epoch", "iso")
+RESET_STYLES = ("go", "go_long", "ms", "plain", "epoch", "iso")
 """How endpoints write the time until a limit is reset: 1.5s, 0h0m1.5s, 1500ms, 1.5, 1767225600, 2026-01-01T00:00:00Z."""
 
 LIMITED = ("429", "429_seconds", "429_date", *(f"429_{style}" for style in RESET_STYLES))
@@ -512,7 +512,7 @@ def _reset(seconds: float, style: str, clock_s: float) -> str:
         return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60)}m{seconds % 60:.3f}s"
     if style == "ms":
         return f"{round(seconds * 1000)}ms"
-    if style == "seconds":
+    if style == "plain":
         return f"{seconds:.3f}"
     at = math.ceil(time.time() + seconds + clock_s)
     return str(at) if style == "epoch" else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
