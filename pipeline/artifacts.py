@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -215,6 +216,12 @@ class S3Store:
             raise UserError(f"store {uri!r}: wanted s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
         self._s3 = client or self._connect()
+
+    @property
+    def hosts(self) -> tuple[str, str]:
+        """Where its requests go: to the endpoint, or to the bucket as a host of it."""
+        host = urlsplit(self._s3.meta.endpoint_url).hostname or ""
+        return host, f"{self.bucket}.{host}"
 
     @staticmethod
     def _connect() -> S3Client:

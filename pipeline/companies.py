@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from pipeline.errors import StageError, UserError, WriteError
 from pipeline.llm import Completion, LanguageModel, Request, engine_environment, open_model, seed_of
+from pipeline.llm.limiter import Limiter, limiter_for
 from pipeline.runtime import Runtime
 from pipeline.study import Sampling, Study, parse
 from pipeline.tasks import DataFile
@@ -157,11 +158,11 @@ def _append(path: Path, slug: str, company: Company) -> None:
 class Writer:
     """The actor: one engine, many companies at once."""
 
-    def __init__(self, study: str, runtime: str, seed: int) -> None:
+    def __init__(self, study: str, runtime: str, seed: int, limiter: Limiter | None) -> None:
         loaded = Study.model_validate_json(study)
         assert loaded.synthesis.teacher is not None
         self._sampling, self._seed = loaded.synthesis.sampling, seed
-        self._model: LanguageModel = open_model(loaded.synthesis.teacher, Runtime.model_validate_json(runtime), loaded.precision)
+        self._model: LanguageModel = open_model(loaded.synthesis.teacher, Runtime.model_validate_json(runtime), loaded.precision, limiter=limiter)
 
     async def write(self, slot: int, brief: Brief, attempt: int) -> Candidate:
         return await write_company(self._model, self._sampling, slot, brief, attempt, self._seed)
@@ -190,7 +191,8 @@ def write_companies(study: Study, runtime: Runtime, count: int, seed: int, path:
         "num_cpus": 1, "num_gpus": runtime.gpus_per_worker, "max_concurrency": runtime.requests_in_flight,
         "runtime_env": worker_environment(engine_environment(teacher, runtime), runtime, workers),
     }  # fmt: skip
-    writers = [ray.remote(Writer).options(**options).remote(study.model_dump_json(), runtime.model_dump_json(), seed) for _ in range(workers)]
+    limiter = limiter_for(teacher, runtime)
+    writers = [ray.remote(Writer).options(**options).remote(study.model_dump_json(), runtime.model_dump_json(), seed, limiter) for _ in range(workers)]
 
     def asked(slots: Sequence[tuple[int, Brief]], attempt: int) -> Iterator[Candidate]:
         waiting = [writers[slot % workers].write.remote(slot, brief, attempt) for slot, brief in slots]

@@ -14,6 +14,10 @@ class WriteError(UserError):
     """The store took nothing more: what is committed stays, and a rerun goes on once it can be written again."""
 
 
+class EndpointStopped(UserError):  # noqa: N818  # what it tells is that the work stopped, not that it was wrong
+    """An endpoint will answer nothing more for now (key refused, model gone, quota or budget used up): what came back stays."""
+
+
 class StageError(Exception):
     """Some steps of a stage failed; the others are committed and a rerun builds only what is missing."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import judging, sampling
 from pipeline.artifacts import Step, digest
 from pipeline.errors import UserError, nearest
-from pipeline.study import Evaluation, Study, parse
+from pipeline.study import Evaluation, ModelName, Sampling, Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
@@ -119,6 +119,7 @@ def cells_of(study: Study, asked: int) -> tuple[Cell, ...]:
 
 def make_plan(study: Study) -> Plan:
     """Raises UserError for whatever of the study cannot be done."""
+    _answerable(study)
     task = load(study.task["name"])
     params = parse(task.params, study.task, "[task]")
     if task.rich and not study.synthesis.teacher:
@@ -158,6 +159,17 @@ def make_plan(study: Study) -> Plan:
     )
     every = (*steps, *subsets.values(), *trained, *generated, *judged, report)
     return Plan(study, task, params, tuple(train_rows), tuple(evaluation_rows), shards, cells, every)
+
+
+def _answerable(study: Study) -> None:
+    """Raises UserError for what a model behind an endpoint cannot do for this study."""
+    if (base := ModelName.parse(study.base)).behind_endpoint:
+        raise UserError(f"base = {study.base!r} is behind an endpoint and cannot be trained; give the model that {base.name} is by its hub name or its folder")
+    teacher = ModelName.parse(study.synthesis.teacher) if study.synthesis.teacher else None
+    if teacher and teacher.provider == "groq":
+        sampling = study.synthesis.sampling
+        if unknown := [name for name in ("top_k", "min_p", "repetition_penalty") if getattr(sampling, name) != Sampling.model_fields[name].default]:
+            raise UserError(f"synthesis.sampling: groq takes no {', '.join(unknown)}, and without it the answers would be others; take it out")
 
 
 def _drawn(rows: list[Example], strata: tuple[str, ...], size: int | None, seed: int, what: str) -> list[Example]:

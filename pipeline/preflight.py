@@ -14,14 +14,17 @@ from typing import NamedTuple
 import psutil
 
 from pipeline.artifacts import Store, done_keys, open_store
-from pipeline.errors import UserError
+from pipeline.errors import EndpointStopped, UserError, nearest
 from pipeline.models import package_file
+from pipeline.network import enforce
 from pipeline.plan import Plan
 from pipeline.runtime import Runtime
-from pipeline.study import ModelName
+from pipeline.study import ModelName, Sampling
 
 NEEDED = {"ray": "2.60", "pyarrow": "20", "transformers": "5", "peft": "0.21", "bitsandbytes": "0.50"}
 """Packages that a real study needs in this environment, with the oldest version that is known to work."""
+PROBES = 3
+"""Attempts at an endpoint before the start: enough to outlast one bad moment."""
 DISK_GIB = 2.0
 """Converted model, adapters and tables of a small study, with room to spare."""
 
@@ -35,23 +38,32 @@ class Check(NamedTuple):
 
 def preflight(plan: Plan, runtime: Runtime) -> None:
     """The cheap checks that decide whether to start. Raises UserError for the first that fails; nothing is built."""
+    enforce(runtime)
     store = open_store(runtime.store)
-    if all(step.key in done_keys(store) for step in plan.steps):
+    done = done_keys(store)
+    if all(step.key in done for step in plan.steps):
         return
-    checks = [writable(store)]
-    if not plan.study.simulated:
-        checks += [*models(plan), memory(runtime)]
-    for check in checks:
+    for check in _needed(plan, runtime, store, done):
         if not check.passed:
             raise UserError(f"{check.name}: {check.found}. {check.remedy}")
 
 
+def _needed(plan: Plan, runtime: Runtime, store: Store, done: set[str]) -> Iterator[Check]:
+    yield writable(store)
+    if not plan.study.simulated:
+        yield from models(plan)
+        yield memory(runtime)
+    yield from endpoints(plan, runtime, done)
+
+
 def diagnose(plan: Plan, runtime: Runtime) -> Iterator[Check]:
     """All checks, for `datadose doctor`."""
+    enforce(runtime)
     store = open_store(runtime.store)
     yield writable(store)
     yield conditional_writes(store)
     yield from models(plan)
+    yield from endpoints(plan, runtime, set())
     yield memory(runtime)
     yield disk(runtime)
     yield amx(plan)
@@ -88,6 +100,8 @@ def models(plan: Plan) -> Iterator[Check]:
     study = plan.study
     for name in dict.fromkeys(filter(None, (study.base, study.synthesis.teacher, *study.judging.judges))):
         model = ModelName.parse(name)
+        if model.behind_endpoint:
+            continue
         if model.simulated:
             yield Check("model", True, f"{name} is scripted: a study with it measures nothing", "")
         elif model.name.startswith("package:"):
@@ -104,6 +118,44 @@ def models(plan: Plan) -> Iterator[Check]:
             yield Check("model", good, f"{name} {found}", "Name a folder as save_pretrained writes it")
         else:
             yield Check("model", True, f"{name} comes from the hub when it is first needed", "")
+
+
+def endpoints(plan: Plan, runtime: Runtime, done: set[str]) -> Iterator[Check]:
+    """Each endpoint that steps not in `done` will ask: its list of models, and one real request for one token."""
+    study = plan.study
+    asked: dict[str, Sampling] = {}
+    if study.synthesis.teacher and any(step.key not in done for step in plan.stage("synthesize")):
+        asked[study.synthesis.teacher] = study.synthesis.sampling
+    for judge in study.judging.judges:
+        if any(step.key not in done for step in plan.stage("judge") if step.config["judge"] == judge):
+            asked.setdefault(judge, Sampling(temperature=0))
+    for name, sampling in asked.items():
+        if ModelName.parse(name).behind_endpoint:
+            yield endpoint(name, sampling, runtime)
+
+
+def endpoint(name: str, sampling: Sampling, runtime: Runtime) -> Check:
+    """Whether the model answers, and what its endpoint lists that is near if it does not."""
+    import asyncio
+
+    from pipeline.llm import Request, open_model
+    from pipeline.llm.endpoint import list_models
+
+    remedy, hint = "Mend that first: every row would meet it", ""
+    request = Request([{"role": "user", "content": "Say yes."}], sampling.model_copy(update={"max_tokens": 1}), seed=0)
+    model = ModelName.parse(name)
+    try:
+        client = open_model(name, runtime.model_copy(update={"endpoint_attempts": PROBES}), "float32")
+        listed = list_models(model, runtime)
+        hint = f"; it lists others, {nearest(model.name, listed)}" if listed and model.name not in listed else ""
+        answer = asyncio.run(client.complete(request))
+    except EndpointStopped as error:
+        return Check("endpoint", False, f"{error}{hint}", remedy)
+    except UserError as error:
+        return Check("endpoint", False, str(error), remedy)
+    if answer.status == "error":
+        return Check("endpoint", False, f"{name} answered with an error ({answer.reason}){hint}", remedy)
+    return Check("endpoint", True, f"{name} answers" + (f" as {answer.served_model}" if answer.served_model else ""), "")
 
 
 def memory(runtime: Runtime) -> Check:

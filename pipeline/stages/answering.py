@@ -68,7 +68,7 @@ class Answerer:
             task.add_done_callback(lambda _: self._board.add.remote(1))
         completions = await asyncio.gather(*tasks)
         table = work.table(completions)
-        prompt, completion = sum(len(item.prompt_ids) for item in completions), sum(item.completion_tokens for item in completions)
+        prompt, completion = sum(item.prompt_tokens for item in completions), sum(item.completion_tokens for item in completions)
         facts: dict[str, Any] = {"rows": table.num_rows, "requests": len(completions), "prompt_tokens": prompt, "completion_tokens": completion}
         if "status" in table.schema.names:
             facts["ok"] = table["status"].to_pylist().count("ok")

@@ -51,7 +51,7 @@ def _table(plan: Plan, completions: list[Completion]) -> pa.Table:
             "row_id": row.row_id, "fields": {column: row.fields[column] for column in plan.task.columns},
             "conversation": json.dumps(plan.task.plain(row.fields)), "raw": completion.text,
             "status": "ok" if text else "unparsed", "answer": text or None,
-            "finish_reason": completion.finish_reason, "prompt_tokens": len(completion.prompt_ids),
+            "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens,
             "completion_tokens": completion.completion_tokens, "prompt_ids": list(completion.prompt_ids),
             "prompt_logprobs": None if completion.prompt_logprobs is None else list(completion.prompt_logprobs),
         })  # fmt: skip

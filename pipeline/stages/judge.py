@@ -60,6 +60,6 @@ def _table(step: Step, asked: list[tuple[dict[str, Any], int, Conversation]], co
         rows.append({
             "row_id": row["row_id"], "fields": row["fields"], "protocol": step.config["protocol"], "judge": step.config["judge"],
             "order": order, "raw": completion.text, **verdict._asdict(),
-            "prompt_tokens": len(completion.prompt_ids), "completion_tokens": completion.completion_tokens,
+            "prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens,
         })  # fmt: skip
     return to_table(rows, VERDICTS)

@@ -49,7 +49,7 @@ def _table(plan: Plan, step: Step, completions: list[Completion]) -> pa.Table:
         status, answer = task.parse(plan.params, row.fields, completion.text, completion.status == "ok")
         rows.append({
             **_asked(plan, row), "rich": json.dumps(task.rich(row.fields)), "raw": completion.text, "status": status, "reason": None, "answer": answer,
-            "finish_reason": completion.finish_reason, "prompt_tokens": len(completion.prompt_ids), "completion_tokens": completion.completion_tokens,
+            "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens,
         })  # fmt: skip
     return to_table(rows, EXAMPLES)
 

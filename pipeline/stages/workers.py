@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from pipeline.network import enforce, worker_hook
 from pipeline.runtime import Runtime
 from pipeline.stages import Context
 
@@ -22,7 +23,8 @@ POLL_EVERY_S = 1.0
 
 
 def ensure_ray(runtime: Runtime) -> None:
-    """Start or attach, once per process."""
+    """Start or attach, once per process; workers have the same network as this process."""
+    enforce(runtime)
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the environment is made already
@@ -30,12 +32,14 @@ def ensure_ray(runtime: Runtime) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers' stderr is kept in the session's folder all the same
     embedded = not os.environ.get("RAY_ADDRESS")
+    hook = worker_hook(runtime)
     ray.init(
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1" if embedded else None,  # nobody but this machine has a part in it
         log_to_driver=False,
         include_dashboard=False if embedded else None,
         object_store_memory=256 * 2**20 if embedded else None,  # rows travel through the store, not through Ray
+        runtime_env={"worker_process_setup_hook": hook} if hook else None,
         num_cpus=max(2, os.cpu_count() or 2) if embedded else None,  # a worker and a reader must fit at once
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)

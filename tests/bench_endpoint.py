@@ -1,0 +1,98 @@
+"""How fast the client for endpoints is, against the tests' own server on the same machine: no test, run by hand.
+
+python -m tests.bench_endpoint limited [SECONDS]     a limit of 6,000 requests a minute, answers after 200 ms
+python -m tests.bench_endpoint unlimited [SECONDS]   no limit, answers after 1 ms
+Each with --actors N for N Ray actors that share a limiter; one process has one of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from typing import Any
+
+import psutil
+
+from pipeline.llm import Request, open_model
+from pipeline.llm.limiter import limiter_for
+from pipeline.runtime import Runtime
+from pipeline.study import Sampling
+from tests.endpoint_server import EndpointServer
+
+LIMIT = 6000
+MODEL = "openai-compatible/small"
+SAMPLING = Sampling(max_tokens=64)
+
+
+async def ask_on(seconds: float, in_flight: int, runtime: Runtime, limiter: Any, worker: int) -> dict[str, Any]:
+    """Keep `in_flight` requests under way for so long; what became of them, and the process's cost."""
+    model = open_model(MODEL, runtime, "float32", limiter=limiter)
+    end, statuses, attempts = time.monotonic() + seconds, {}, 0
+
+    async def one(number: int) -> None:
+        nonlocal attempts
+        seed = 0
+        while time.monotonic() < end:
+            asked = [{"role": "user", "content": f"Write about kettle {worker} {number} {seed} and say whom it is for."}]
+            answer = await model.complete(Request(asked, SAMPLING, seed))
+            statuses[answer.status] = statuses.get(answer.status, 0) + 1
+            attempts += answer.attempts
+            seed += 1
+
+    tasks = [asyncio.ensure_future(one(number)) for number in range(in_flight)]
+    await asyncio.wait(tasks, timeout=seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    model.close()
+    process = psutil.Process(os.getpid())
+    times = process.cpu_times()
+    return {"statuses": statuses, "attempts": attempts, "rss_mib": process.memory_info().rss / 2**20, "cpu_s": times.user + times.system}
+
+
+def run(server: EndpointServer, seconds: float, in_flight: int, actors: int) -> list[dict[str, Any]]:
+    runtime = Runtime(endpoint_url=server.url, endpoint_timeout_s=30)
+    if not actors:
+        return [asyncio.run(ask_on(seconds, in_flight, runtime, None, 0))]
+    import ray
+
+    from pipeline.stages.workers import ensure_ray
+
+    ensure_ray(runtime)
+    limiter = limiter_for(MODEL, runtime)
+
+    @ray.remote(num_cpus=0)
+    def work(limiter: Any, worker: int) -> dict[str, Any]:
+        return asyncio.run(ask_on(seconds, in_flight // actors, runtime, limiter, worker))
+
+    found: list[dict[str, Any]] = ray.get([work.remote(limiter, worker) for worker in range(actors)])
+    ray.shutdown()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("limited", "unlimited"))
+    parser.add_argument("seconds", type=float, nargs="?", default=60.0)
+    parser.add_argument("--actors", type=int, default=0)
+    parser.add_argument("--in-flight", type=int, default=0)
+    given = parser.parse_args()
+    limited = given.what == "limited"
+    settings = {"latency_s": 0.2, "requests_per_minute": LIMIT} if limited else {"latency_s": 0.001}
+    with EndpointServer(**settings) as server:
+        found = run(server, given.seconds, given.in_flight or (64 if limited else 32), given.actors)
+        records = server.requests
+        over, peak = server.violations(), server.peak_requests()
+    span = records[-1].at - records[0].at
+    answered = sum(record.delivered_at is not None for record in records)
+    print(f"{len(records)} requests, {answered} answered in {span:.1f} s: {answered / span:.1f}/s")
+    if limited:
+        print(f"{answered / span / (LIMIT / 60):.4f} of the limit; {over} over it; at most {peak} of {LIMIT} in a minute")
+    for worker in found:
+        print(f"statuses {worker['statuses']}, RSS {worker['rss_mib']:.0f} MiB, CPU {worker['cpu_s']:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
