@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline.llm.limiter import LocalLimiter
 
-from pipeline.errors import EndpointStopped
-from pipeline.llm import Request, open_model
+from pipeline.errors import EndpointStopped, UserError
+from pipeline.llm import Completion, Request, open_model
+from pipeline.llm.endpoint import list_models
+from pipeline.llm.limiter import LocalLimiter
 from pipeline.runtime import Runtime
 from pipeline.schemas import STATUSES
-from pipeline.study import Sampling
+from pipeline.study import ModelName, Sampling
 from tests.asking import answers
 from tests.endpoint_server import LIMITED, TEN_YEARS_S, EndpointServer, answer_text
 
@@ -288,18 +289,26 @@ def test_random_faults_lose_nothing_and_nothing_is_asked_again_once_answered(ser
 # ---------------------------------------------------------------- the key
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def everything_of(outcome: Completion | BaseException) -> list[str]:
+    """What a debugger or a verbose traceback shows: of an exception the local variables of every frame too."""
+    told = [repr(outcome)]
+    return [*told, *traceback.TracebackException.from_exception(outcome, capture_locals=True).format()] if isinstance(outcome, BaseException) else told
+
+
 def test_key_shows_in_no_log_no_output_no_exception_and_no_repr(server, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     shown = []
     for fault in ("401", "403", "404_model", "400", "429_seconds", "500", "reset", "malformed", "error_in_200", "truncated_json", "hang"):
         server.restart(key=KEY, each=[fault] * 100)
         for outcome in ask(server, ["one small question"], endpoint_attempts=2, endpoint_timeout_s=0.5):
-            shown.append(repr(outcome))
-            if isinstance(outcome, BaseException):
-                shown += traceback.TracebackException.from_exception(outcome, capture_locals=True).format()
-    model = open_model(NAME, Runtime(endpoint_url=server.url), "float32")
-    shown += [repr(model), str(vars(model)), repr(Runtime(endpoint_url=server.url))]
+            shown += everything_of(outcome)
+    server.restart(key="another")
+    runtime = Runtime(endpoint_url=server.url)
+    with pytest.raises(UserError) as refused:
+        list_models(ModelName.parse(NAME), runtime)
+    shown += everything_of(refused.value)
+    model = open_model(NAME, runtime, "float32")
+    shown += [repr(model), str(vars(model)), repr(runtime)]
     model.close()
     shown += [record.getMessage() for record in caplog.records]
     shown += capfd.readouterr()
