@@ -28,8 +28,14 @@ class Secret:
     def reveal(self) -> str:
         return self.__value
 
+    def __len__(self) -> int:
+        return len(self.__value)
+
     def scrub(self, text: str) -> str:
         return text.replace(self.__value, "***")
+
+    def scrub_bytes(self, data: bytes) -> bytes:
+        return data.replace(self.__value.encode(), b"***")
 
     def __repr__(self) -> str:
         return "***"

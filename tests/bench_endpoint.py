@@ -29,16 +29,18 @@ SAMPLING = Sampling(max_tokens=64)
 async def ask_on(seconds: float, in_flight: int, runtime: Runtime, limiter: Any, worker: int) -> dict[str, Any]:
     """Keep `in_flight` requests under way for so long; what became of them, and the process's cost."""
     model = open_model(MODEL, runtime, "float32", limiter=limiter)
-    end, statuses, attempts = time.monotonic() + seconds, {}, 0
+    process = psutil.Process(os.getpid())
+    before = process.cpu_times()
+    end, statuses, asked_for = time.monotonic() + seconds, {}, 0
 
     async def one(number: int) -> None:
-        nonlocal attempts
+        nonlocal asked_for
         seed = 0
         while time.monotonic() < end:
             asked = [{"role": "user", "content": f"Write about kettle {worker} {number} {seed} and say whom it is for."}]
             answer = await model.complete(Request(asked, SAMPLING, seed))
             statuses[answer.status] = statuses.get(answer.status, 0) + 1
-            attempts += answer.attempts
+            asked_for += answer.attempts
             seed += 1
 
     tasks = [asyncio.ensure_future(one(number)) for number in range(in_flight)]
@@ -47,9 +49,9 @@ async def ask_on(seconds: float, in_flight: int, runtime: Runtime, limiter: Any,
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     model.close()
-    process = psutil.Process(os.getpid())
-    times = process.cpu_times()
-    return {"statuses": statuses, "attempts": attempts, "rss_mib": process.memory_info().rss / 2**20, "cpu_s": times.user + times.system}
+    after = process.cpu_times()
+    cpu_s = after.user + after.system - before.user - before.system
+    return {"statuses": statuses, "rss_mib": process.memory_info().rss / 2**20, "cpu_ms": 1000 * cpu_s / max(1, asked_for)}
 
 
 def run(server: EndpointServer, seconds: float, in_flight: int, actors: int) -> list[dict[str, Any]]:
@@ -91,7 +93,7 @@ def main() -> None:
     if limited:
         print(f"{answered / span / (LIMIT / 60):.4f} of the limit; {over} over it; at most {peak} of {LIMIT} in a minute")
     for worker in found:
-        print(f"statuses {worker['statuses']}, RSS {worker['rss_mib']:.0f} MiB, CPU {worker['cpu_s']:.1f} s")
+        print(f"statuses {worker['statuses']}, RSS {worker['rss_mib']:.0f} MiB, {worker['cpu_ms']:.2f} ms of CPU time a request")
 
 
 if __name__ == "__main__":

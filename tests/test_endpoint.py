@@ -7,6 +7,8 @@ import copy
 import json
 import logging
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,12 @@ import pytest
 from pipeline.errors import EndpointStopped, UserError
 from pipeline.keys import read_key
 from pipeline.llm import Adapter, Completion, Request, open_model
-from pipeline.llm.limiter import Observation, Report, limiter_for
 from pipeline.plan import make_plan
 from pipeline.preflight import endpoints, preflight
 from pipeline.runtime import Runtime
 from pipeline.study import ModelName, Sampling, Study, load_study, parse
 from tests.endpoint_server import EndpointServer, answer_text
-from tests.runs import SMALL
+from tests.runs import ROOT, SMALL, environment
 
 CANARY = "sk-canary-0123456789abcdef"
 ASKED = [{"role": "system", "content": "You sell."}, {"role": "user", "content": "Write about kettles and tea."}]
@@ -319,35 +320,46 @@ def test_name_behind_an_endpoint_is_kept_whole_and_has_no_revision():
 # ---------------------------------------------------------------- one limiter for all actors
 
 
-def test_actors_of_a_run_share_one_limit(ray_address: str):
-    import ray
+SHARING = """
+import asyncio
+import ray
+from pipeline.llm.limiter import Observation, Report, limiter_for
+from pipeline.runtime import Runtime
+from pipeline.stages.workers import ensure_ray
 
-    ray.init(address=ray_address, log_to_driver=False)
-    try:
-        where = runtime(endpoint_url="http://127.0.0.1:1/v1")
-        limiters = [limiter_for("openai-compatible/small", where) for _ in range(2)]
+where = Runtime(endpoint_url="http://127.0.0.1:1/v1")
+ensure_ray(where)
+limiters = [limiter_for("openai-compatible/small", where) for _ in range(2)]
 
-        @ray.remote(num_cpus=0)
-        def taken(limiter: Any, told: tuple[Observation, ...], wanted: int) -> int:
-            """Permits got within three seconds."""
+@ray.remote(num_cpus=0)
+def taken(limiter, told, wanted):
+    async def one():
+        limiter.report(Report(await limiter.acquire(1), 1, observed=told))
 
-            async def one() -> None:
-                limiter.report(Report(await limiter.acquire(1), 1, observed=told))
+    async def main():
+        tasks = [asyncio.ensure_future(one()) for _ in range(wanted)]
+        done, waiting = await asyncio.wait(tasks, timeout=3)
+        for task in waiting:
+            task.cancel()
+        await asyncio.sleep(0.1)
+        return len(done)
 
-            async def main() -> int:
-                tasks = [asyncio.ensure_future(one()) for _ in range(wanted)]
-                done, waiting = await asyncio.wait(tasks, timeout=3)
-                for task in waiting:
-                    task.cancel()
-                await asyncio.sleep(0.1)
-                return len(done)
+    return asyncio.run(main())
 
-            return asyncio.run(main())
+print(ray.get(taken.remote(limiters[0], (Observation("requests", "minute", 60, None, None),), 1)))
+print(sum(ray.get([taken.remote(limiter, (), 50) for limiter in limiters])))
+ray.shutdown()
+"""
+"""Permits that actors get within three seconds, once one of them was told of a limit of one a second."""
 
-        assert ray.get(taken.remote(limiters[0], (Observation("requests", "minute", 60, None, None),), 1)) == 1
-        assert 2 <= sum(ray.get([taken.remote(limiter, (), 50) for limiter in limiters])) <= 5
-    finally:
-        ray.shutdown()
+
+def test_actors_of_a_run_share_one_limit(ray_address: str, tmp_path: Path):
+    command = [sys.executable, "-c", SHARING]
+    run = subprocess.run(command, cwd=ROOT, env=environment(tmp_path, RAY_ADDRESS=ray_address), capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr
+    first, shared = map(int, run.stdout.split())
+    assert first == 1
+    assert 2 <= shared <= 6
 
 
 def test_requests_of_one_process_stay_within_the_limit_that_the_first_answer_told():

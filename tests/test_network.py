@@ -16,7 +16,7 @@ from pipeline.runtime import Runtime
 from pipeline.study import ModelName, parse
 from tests.runs import ROOT
 
-FOREIGN = "192.0.2.1"
+FOREIGN = "198.51.100.7"
 """An address that belongs to nobody (RFC 5737)."""
 
 
@@ -69,7 +69,7 @@ def test_foreign_address_and_name_are_refused_before_a_byte_is_sent_and_loopback
 def test_endpoint_of_runtime_and_allowed_hosts_and_networks_are_let_through():
     out = closed(
         """
-        for host in ("127.1.2.3", "10.9.8.7", "192.0.2.1", "10.10.0.1"):
+        for host in ("127.1.2.3", "10.9.8.7", "198.51.100.7", "10.10.0.1"):
             connection = socket.socket()
             connection.settimeout(0.01)
             refused(connection.connect, (host, 9))

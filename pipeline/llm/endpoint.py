@@ -28,7 +28,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import EndpointStopped, UserError
-from pipeline.keys import read_key
+from pipeline.keys import Secret, read_key
 from pipeline.llm import Completion, Request
 from pipeline.llm.limiter import LONGEST_WAIT_S, Limiter, Report, asked_wait, observed
 from pipeline.network import address_of, allowed
@@ -41,12 +41,12 @@ CONNECT_S = 10.0
 """A host that takes longer to accept is not there."""
 KEEP_ALIVE_S = 4.0
 """Idle connections are left before uvicorn, which serves vLLM, closes them after 5 s under a request."""
-POOL = 16
-"""Connections of one pool: httpcore walks through all of a pool's connections at the start and the end of each request."""
 CHARS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 8
 """A guess at a prompt that is rather too large (English has 4.2 characters), and what a template adds to a message."""
 JSON_TOKENS = 16
 """What {"choice": "..."} may take beside the choice itself."""
+SECRET = 16
+"""Characters from which a key is taken out of answers too: shorter ones (EMPTY, token) are words, and no secrets."""
 REMEMBERED = 65_536
 """Answers by which a repeated delivery is known."""
 
@@ -128,6 +128,7 @@ class EndpointModel:
     def __init__(self, model: ModelName, runtime: Runtime, limiter: Limiter) -> None:
         self._model, self._runtime, self._limiter = model, runtime, limiter
         self._address = address_of(model, runtime)
+        self._url = httpx.URL(f"{self._address}/chat/completions")  # reading an address anew for each request takes 0.1 ms
         if not allowed(model, runtime):
             raise UserError(f"{model} is outside the closed network (DATADOSE_NETWORK=closed); nothing was sent. Add its host to DATADOSE_ALLOWED_HOSTS")
         self._key = read_key(model, runtime)
@@ -140,7 +141,7 @@ class EndpointModel:
         self._clients: AsyncGenerator[AsyncExitStack] | None = None
         self._stack = AsyncExitStack()
         self._free: list[httpx.AsyncClient] = []
-        """Each as often as it has connections to spare."""
+        """One for each connection: httpcore walks through a pool at both ends of a request, which at 32 connections doubles its cost."""
         self._closing: asyncio.Task[None] | None = None
 
     async def complete(self, request: Request) -> Completion:
@@ -211,9 +212,11 @@ class EndpointModel:
         client = await self._client()
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._runtime.endpoint_timeout_s), client.stream("POST", "/chat/completions", content=content) as response:
+            async with asyncio.timeout(self._runtime.endpoint_timeout_s), client.stream("POST", self._url, content=content) as response:
                 first_byte_s = time.monotonic() - started
                 body = await response.aread()
+                if self._key and (response.status_code != 200 or len(self._key) >= SECRET):
+                    body = self._key.scrub_bytes(body)
         except (TimeoutError, httpx.TimeoutException):
             raise _AgainError(f"no whole answer within {time.monotonic() - started:.3g} s") from None
         except (httpx.HTTPError, OSError) as error:
@@ -227,19 +230,17 @@ class EndpointModel:
         if self._clients is None or loop is not self._loop:
             self._loop, self._free, self._clients = loop, [], _lifetime()
             self._stack = await anext(self._clients)
-        if not self._free:
-            key = {"authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
-            client = httpx.AsyncClient(
-                base_url=self._address,
-                headers={"content-type": "application/json", "user-agent": "datadose", **key},
-                timeout=httpx.Timeout(self._runtime.endpoint_timeout_s, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=POOL, keepalive_expiry=KEEP_ALIVE_S),
-                verify=self._tls,
-                trust_env=not _on_loopback(self._address),  # no proxy between a machine and itself
-            )
-            await self._stack.enter_async_context(client)
-            self._free += [client] * POOL
-        return self._free.pop()
+        if self._free:
+            return self._free.pop()
+        client = httpx.AsyncClient(
+            headers=_headers(self._key),
+            timeout=httpx.Timeout(self._runtime.endpoint_timeout_s, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE_S),
+            verify=self._tls,
+            trust_env=not _on_loopback(self._address),  # no proxy between a machine and itself
+        )
+        await self._stack.enter_async_context(client)
+        return client
 
     # ---------------------------------------------------------------- what came back
 
@@ -329,10 +330,9 @@ class EndpointModel:
 def list_models(model: ModelName, runtime: Runtime) -> list[str] | None:
     """Names by GET /models; None where the endpoint has no such list. Raises UserError where it cannot be reached or refuses the key."""
     address, key = address_of(model, runtime), read_key(model, runtime)
-    headers = {"authorization": f"Bearer {key.reveal()}"} if key else {}
     try:
         with httpx.Client(timeout=2 * CONNECT_S, trust_env=not _on_loopback(address)) as client:
-            response = client.get(f"{address}/models", headers=headers)
+            response = client.get(f"{address}/models", headers=_headers(key))
     except (httpx.HTTPError, OSError) as error:
         raise UserError(f"{address} cannot be reached ({type(error).__name__}); check the address, and that the server runs") from None
     if response.status_code in (401, 403):
@@ -371,6 +371,11 @@ def _given_up_after(form: Form, request: Request) -> tuple[str, ...]:
     if form == Form.VLLM:
         return (*(name for name, neutral in _NEUTRAL.items() if getattr(request.sampling, name) == neutral), "structured_outputs")
     return ("response_format", "response format", "json_schema") if form == Form.OPENAI and request.choices else ()
+
+
+def _headers(key: Secret | None) -> httpx.Headers:
+    """httpx shows no authorization in the repr of its headers."""
+    return httpx.Headers({"content-type": "application/json", "user-agent": "datadose", **({"authorization": f"Bearer {key.reveal()}"} if key else {})})
 
 
 def _estimate(request: Request) -> int:

@@ -31,12 +31,14 @@ BURST = 1 / 240
 """Of a window that a late timer may catch up on: a quarter of a second of a minute, 0.4 % of it, within what SHARE leaves."""
 QUANTUM_S = 0.02
 """Shortest wait for a permit: at high rates several become due meanwhile and travel together."""
-CUT, GROWTH = 0.7, 0.05
-"""Rate kept after a 429; what it regains each second, as a share of the best rate seen."""
+CUT, GROWTH = 0.6, 0.04
+"""Rate kept after a 429; what it regains in each second that brings answers, as a share of the best rate seen."""
 CUT_EVERY_S = 1.0
 """Refusals of requests that were under way together are one message."""
 RECENT_S, FEW = 5.0, 5
 """Over which the present rate is measured; fewer requests than that have no rate, and a refusal is not about it."""
+LEARNING = 0.05
+"""Weight of one answer in what the next is taken to cost."""
 LONGEST_WAIT_S = 3600.0
 """A limit that stays closed longer (that of a day) stops the run instead of holding it."""
 LEASE = 64
@@ -62,6 +64,8 @@ class Permit(NamedTuple):
 
     granted: float
     tokens: int
+    likely: float
+    """Tokens that it will cost by what others did: the windows count the estimate, the even pace counts this."""
     places: tuple[tuple[str, str, int], ...]
     """Where it is booked: resource, window, number of the entry."""
 
@@ -251,6 +255,8 @@ class Pace:
         self._speed = Bucket(BURST * minute_s)
         self._speed.rate = 1.0  # until the first answer has told of limits
         self._answered = False
+        self._ratio, self._costs_known = 1.0, 0
+        """Of what requests cost to what they were estimated at."""
         self._recent = Window(RECENT_S)
         self._history = {"requests": Window(minute_s), "tokens": Window(minute_s)}
         """What was handed out before a limit was known counts against it too."""
@@ -260,13 +266,11 @@ class Pace:
 
     def ready(self, now: float, tokens: int) -> float:
         """`now` if a request of about so many tokens may go, else the next moment at which to ask again."""
-        self._grow(now)
         times = [now, self._paused_until, self._speed.ready(now, 1)]
         for (resource, _), (window, bucket) in self._windows.items():
-            amount = 1 if resource == "requests" else tokens
-            times.append(window.ready(now, amount))
+            times.append(window.ready(now, 1 if resource == "requests" else tokens))
             if bucket:
-                times.append(bucket.ready(now, amount))
+                times.append(bucket.ready(now, 1 if resource == "requests" else tokens * self._ratio))
         return max(times)
 
     def take(self, now: float, tokens: int) -> Permit:
@@ -278,23 +282,27 @@ class Pace:
             past.book(now, amount)
         places = []
         for (resource, name), (window, bucket) in self._windows.items():
-            amount = 1 if resource == "requests" else tokens
-            places.append((resource, name, window.book(now, amount)))
+            places.append((resource, name, window.book(now, 1 if resource == "requests" else tokens)))
             if bucket:
-                bucket.take(now, amount)
-        return Permit(now, tokens, tuple(places))
+                bucket.take(now, 1 if resource == "requests" else tokens * self._ratio)
+        return Permit(now, tokens, tokens * self._ratio, tuple(places))
 
     def report(self, now: float, report: Report) -> None:
         permit = report.permit
-        tokens = (0 if report.tokens is None else report.tokens - permit.tokens) if report.sent else -permit.tokens
+        cost = report.tokens if report.sent else 0
+        if cost and permit.tokens:
+            self._costs_known += 1
+            self._ratio += max(LEARNING, 1 / self._costs_known) * (cost / permit.tokens - self._ratio)
         for resource, name, number in permit.places:
             window, bucket = self._windows.get((resource, name), (None, None))
             if window is None:  # booked at a desk that died
                 continue
-            change = tokens if resource == "tokens" else 0 if report.sent else -1
-            window.correct(number, change)
-            if bucket:
-                bucket.take(now, change)
+            booked, likely = (permit.tokens, permit.likely) if resource == "tokens" else (1, 1)
+            used = cost if resource == "tokens" else int(report.sent)
+            if used is not None:
+                window.correct(number, used - booked)
+            if used is not None and bucket:
+                bucket.take(now, used - likely)
         if not report.sent:
             self._speed.take(now, -1)
             return
@@ -304,7 +312,11 @@ class Pace:
             self._observe(now, seen)
         if report.refused:
             self._cut(now, permit)
+            self._grown_at = now
             self._paused_until = max(self._paused_until, now + report.pause_s)
+        elif self._cut_at > -math.inf:
+            self._speed.rate += max(1.0, GROWTH * self._best) * min(1.0, now - self._grown_at)
+            self._grown_at = now
 
     def _observe(self, now: float, seen: Observation) -> None:
         key = (seen.resource, seen.window)
@@ -327,11 +339,6 @@ class Pace:
         self._best = max(self._best, recent)
         self._speed.rate = max(1.0, CUT * min(self._speed.rate, recent))
         self._cut_at = self._grown_at = now
-
-    def _grow(self, now: float) -> None:
-        if self._cut_at > -math.inf:
-            self._speed.rate += max(1.0, GROWTH * self._best) * (now - self._grown_at)
-            self._grown_at = now
 
 
 # ---------------------------------------------------------------- who waits
