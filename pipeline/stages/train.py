@@ -29,13 +29,13 @@ RESTARTS = 2
 
 
 def build(context: Context, steps: Steps) -> Failed:
+    runtime = context.runtime
+    ensure_ray(runtime)  # before ray.train: it imports ray.data, which reads there how much to log
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from pipeline.cpu import preload_environment
 
-    runtime = context.runtime
-    ensure_ray(runtime)
     workers = min(runtime.train_workers, len(steps))
     environment = worker_environment({} if runtime.gpus_per_worker else preload_environment(), runtime, workers)
     resources = {"CPU": 1.0} | ({"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else {})
