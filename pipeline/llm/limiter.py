@@ -401,6 +401,7 @@ class _Queue:
     """Those who wait in this process: permits come in leases, reports go back with the next one or soon after."""
 
     FLUSH_S = 0.01
+    """Longest that a report waits for a lease to travel with."""
 
     def __init__(self, lease: Callable[[Sequence[int], Sequence[Report]], Awaitable[list[Permit] | str]], tell: Callable[[Sequence[Report]], Any]) -> None:
         self._lease, self._tell = lease, tell
