@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
 
-from pipeline.analysis.preferences import ELO_PER_LOGIT, against_base, length_controlled, strengths
+from pipeline.analysis.preferences import against_base, length_controlled, strengths
 from pipeline.analysis.rates import Rate, bounds, compare, ratios, smallest_detectable, win_rates
 from pipeline.analysis.verdicts import outcomes, tallies
 
@@ -251,7 +251,6 @@ def test_strengths_of_players_that_met_each_other_are_recovered():
     wins = 10_000 / (1 + np.exp(logits[None] - logits[:, None]))
     np.fill_diagonal(wins, 0)
     assert strengths(wins) == pytest.approx(logits, abs=1e-3)
-    assert ELO_PER_LOGIT * np.log(10) == pytest.approx(400)
 
 
 # ---------------------------------------------------------------- size

@@ -5,7 +5,6 @@ Invariant: whatever the verdicts, an estimate is finite or it is None.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -14,8 +13,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-ELO_PER_LOGIT = 400 / math.log(10)
-"""Elo's scale (1978): 400 points are odds of ten to one."""
 PRIOR_WINS = 0.5
 """Added to both sides of every pair that was compared (Haldane 1956; Firth 1993: it takes the first-order bias from a
 logit): strengths stay finite where one side won everything."""
@@ -76,7 +73,7 @@ def against_base(counts: npt.NDArray[np.int64]) -> Floats:
 
 
 def strengths(wins: Floats) -> list[float | None]:
-    """Bradley-Terry strengths in logits (times ELO_PER_LOGIT: Elo points) with the base, number 0, at 0.
+    """Bradley-Terry strengths in logits (times 400 / ln 10: Elo points) with the base, number 0, at 0.
 
     wins: (players, players), how often i beat j, ties as half a win to each. The odds of i against j are
     exp(strength i - strength j) (Bradley & Terry 1952; Hunter 2004), fitted as a logistic regression without a constant
