@@ -1,4 +1,4 @@
-"""`datadose`: plan, run, status, report, companies, doctor."""
+"""`datadose`: plan, run, status, report, companies, doctor; on a cluster setup, submit, logs, cancel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from jobs.session import FAILED, PARTLY_BUILT, console, exit_codes, plan_of, runtime_from
 from pipeline.artifacts import done_keys, open_store
-from pipeline.plan import describe
+from pipeline.plan import Plan, describe
 from pipeline.study import known_studies, load_study
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help=f"{', '.join(known_studies())}, or a .toml file")]
 Rehearse = Annotated[bool, typer.Option("--rehearse", help="the same study with scripted models: shows that it runs, measures nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Context = Annotated[str | None, typer.Option("--context", metavar="CONTEXT", help="a cluster, by its context in the kubeconfig")]
+OnCluster = Annotated[str, typer.Option("--context", metavar="CONTEXT", help="the cluster, by its context in the kubeconfig")]
 
 
 @app.command()
@@ -80,9 +82,12 @@ def run(
 
 
 @app.command()
-def status(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) -> None:
-    """What of a study is done."""
+def status(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False, context: Context = None) -> None:
+    """What of a study is done; with a cluster also what is under way there, and what it waits for."""
     made = plan_of(study, rehearse)
+    if context is not None:
+        _status_on(context, made, as_json)
+        return
     described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
     if as_json:
         typer.echo(json.dumps({key: described[key] for key in ("study", "stages", "cells", "missing")}, indent=1))
@@ -96,12 +101,16 @@ def report(
     study: StudyName,
     out: Annotated[Path | None, typer.Option(help="copy the report and its tables into this folder")] = None,
     rehearse: Rehearse = False,
+    context: Context = None,
 ) -> None:
     """The results as a table and the report's path. Of an unfinished study: what there is so far, in STUDY-report/."""
     from jobs import grid
     from pipeline.artifacts import read_manifest
 
-    made, runtime = plan_of(study, rehearse), runtime_from(os.environ)
+    made = plan_of(study, rehearse)
+    if context is not None:
+        _take_store_of(context)
+    runtime = runtime_from(os.environ)
     store = open_store(runtime.store)
     (step,) = made.stage("report")
     manifest = read_manifest(store, step)
@@ -146,16 +155,102 @@ def companies(
 
 
 @app.command()
-def doctor(study: StudyName = "laptop") -> None:
-    """Check store, models, memory, disk, ports and versions, and say what to do about each finding."""
-    from pipeline.preflight import diagnose
+def setup(overlay: Annotated[str, typer.Argument(metavar="OVERLAY", help="a folder of k8s/overlays")], context: OnCluster) -> None:
+    """Make what studies need on a cluster, once: namespace, accounts, network, limits, settings and the templates of the jobs."""
+    from jobs import cluster
 
+    cluster.setup(cluster.connect(context), overlay, _line)
+
+
+@app.command()
+def submit(study: StudyName, context: OnCluster, rehearse: Rehearse = False) -> None:
+    """Run a study on a cluster. It goes on without this machine; a second submit finds the first."""
+    from jobs import cluster
+
+    made = plan_of(study, rehearse)
+    cluster.submit(cluster.connect(context), made, _line)
+    _line(f"see `datadose status {study} --context {context}` and `datadose logs {study} --context {context} -f`")
+
+
+@app.command()
+def cancel(study: StudyName, context: OnCluster, rehearse: Rehearse = False) -> None:
+    """Take a study off a cluster. What it has committed stays in the store."""
+    from jobs import cluster
+
+    cluster.cancel(cluster.connect(context), plan_of(study, rehearse), _line)
+
+
+@app.command()
+def logs(
+    study: StudyName,
+    context: OnCluster,
+    stage: Annotated[str, typer.Option(metavar="STAGE", help="of which stage; the launcher's own without it")] = "grid",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="stay until it ends")] = False,
+    rehearse: Rehearse = False,
+) -> None:
+    """What the launcher, or a stage, has printed on a cluster."""
+    from jobs import cluster
+
+    for line in cluster.log_lines(cluster.connect(context), plan_of(study, rehearse), stage, follow):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(study: StudyName = "laptop", context: Context = None) -> None:
+    """Check store, models, memory, disk, ports and versions, or a cluster, and say what to do about each finding."""
+    if context is not None:
+        from jobs import cluster, cluster_doctor
+
+        checks = cluster_doctor.diagnose(cluster.connect(context), plan_of(study))
+    else:
+        from pipeline.preflight import diagnose
+
+        checks = diagnose(plan_of(study), runtime_from(os.environ))
     bad = 0
-    for check in diagnose(plan_of(study), runtime_from(os.environ)):
+    for check in checks:
         console.print(f"[green]ok  [/green] {check.name}: {check.found}" if check.passed else f"[red]FAIL[/red] {check.name}: {check.found}. {check.remedy}")
         bad += not check.passed
     if bad:
         raise typer.Exit(FAILED)
+
+
+def _line(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _take_store_of(context: str) -> None:
+    """The store of the cluster's settings, where the environment names none. Keys come from here, as boto3 takes them."""
+    from jobs import cluster
+
+    for name, value in cluster.settings(cluster.connect(context)).items():
+        if name == "DATADOSE_STORE" or name.startswith("AWS_"):
+            os.environ.setdefault(name, value)
+
+
+def _status_on(context: str, made: Plan, as_json: bool) -> None:
+    """State comes from the store first; the objects say what is under way. A store out of reach from here is said, and is no error."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from jobs import cluster
+
+    _take_store_of(context)
+    described, trouble = None, None
+    try:
+        described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
+    except (BotoCoreError, ClientError) as error:
+        trouble = f"the store {os.environ.get('DATADOSE_STORE')} cannot be read from here ({error}); set AWS_ENDPOINT_URL_S3 and keys so that it can"
+    lines = cluster.under_way(cluster.connect(context), made)
+    if as_json:
+        kept = {key: described[key] for key in ("study", "stages", "cells", "missing")} if described else {"study": made.study.name}
+        typer.echo(json.dumps(kept | {"store_problem": trouble, "under_way": lines}, indent=1))
+        return
+    if described:
+        _warn_simulated(described)
+        _print_stages(described)
+    else:
+        _line(str(trouble))
+    for line in lines or [f"nothing of {made.study.name} is on this cluster"]:
+        _line(line)
 
 
 def _warn_simulated(described: dict[str, Any]) -> None:

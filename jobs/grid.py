@@ -1,4 +1,7 @@
-"""The whole study: the stages in order, then the results as a table. Run as `python -m jobs.grid STUDY`."""
+"""The whole study: the stages in order, then the results as a table. Run as `python -m jobs.grid STUDY`.
+
+With DATADOSE_NAMESPACE each stage is a job of its own in that namespace, and this process is their launcher.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from rich.table import Table
 from jobs.session import build, console, exit_codes, plan_of, runtime_from
 from pipeline.artifacts import Store, open_store, read_manifest
 from pipeline.errors import UserError
+from pipeline.ledger import require_budget
 from pipeline.plan import Plan
 from pipeline.preflight import preflight
 from pipeline.runtime import Runtime
@@ -22,12 +27,26 @@ from pipeline.runtime import Runtime
 
 def run(plan: Plan, runtime: Runtime, only: str | None = None) -> None:
     started = time.monotonic()
-    preflight(plan, runtime)
-    built = build(plan, runtime, only=only)
+    built = _as_jobs(plan, runtime) if runtime.namespace else _here(plan, runtime, only)
     if only is None:
         show_report(plan, open_store(runtime.store), runtime)
     what = f"{built} steps built" if built else "nothing to build: the study is finished" if only is None else f"nothing to build: {only} is finished"
     console.print(f"{what}, {time.monotonic() - started:.0f} s")
+
+
+def _here(plan: Plan, runtime: Runtime, only: str | None) -> int:
+    preflight(plan, runtime)
+    return build(plan, runtime, only=only)
+
+
+def _as_jobs(plan: Plan, runtime: Runtime) -> int:
+    """In a pod of the namespace that Runtime names. The pods of the stages check their own machine."""
+    from jobs.cluster import connect, drive
+
+    assert runtime.namespace is not None
+    store = open_store(runtime.store)
+    require_budget(plan, store)
+    return drive(connect(None, runtime.namespace), plan, store, lambda text: print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", flush=True))
 
 
 def show_report(plan: Plan, store: Store, runtime: Runtime) -> None:

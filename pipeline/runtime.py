@@ -40,6 +40,8 @@ class Runtime(BaseModel):
     """Memory for keys and values of an engine on a CPU."""
     memory_gib: PositiveFloat = 6.0
     """What a study needs at its peak; checked before the start."""
+    namespace: str | None = None
+    """The Kubernetes namespace in which each stage of a study is a job of its own; without one, stages run in this process."""
     endpoint_url: str | None = None
     """Where `openai-compatible/...` models answer, up to and with the version: http://10.0.0.5:8000/v1."""
     endpoint_key_name: str = "OPENAI_API_KEY"
