@@ -42,6 +42,7 @@ format: env ## mend what the linter can mend, and format
 
 locks: $(UV) ## resolve pyproject.toml into images/locks
 	$(COMPILE) --extra laptop --extra dev -o $(LOCK)
+	for world in core train serve; do $(COMPILE) --extra $$world -o images/locks/$$world.txt; done
 
 env: .venv/.made ## make the environment in .venv (every target does)
 

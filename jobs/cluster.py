@@ -136,7 +136,7 @@ class Cluster:
         query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
         path = self._path(kind, item["metadata"]["name"])
         try:
-            made: Object = self.request("PATCH", path, query, json.dumps(item), "application/apply-patch+yaml")
+            made: Object = self.request("PATCH", path, query, item, "application/apply-patch+yaml")
         except RefusedError as error:
             raise RefusedError(error.status, f"{item['kind']} {item['metadata']['name']}: {error}") from error
         return made
