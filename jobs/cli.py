@@ -196,16 +196,21 @@ def logs(
 
 
 @app.command()
-def doctor(study: StudyName = "laptop", context: Context = None) -> None:
+def doctor(
+    study: StudyName = "laptop",
+    context: Context = None,
+    store_only: Annotated[bool, typer.Option("--store", help="only whether the store can be written, and by one writer at a time")] = False,
+) -> None:
     """Check store, models, memory, disk, ports and versions, or a cluster, and say what to do about each finding."""
     if context is not None:
         from jobs import cluster, cluster_doctor
 
         checks = cluster_doctor.diagnose(cluster.connect(context), plan_of(study))
     else:
-        from pipeline.preflight import diagnose
+        from pipeline import preflight
 
-        checks = diagnose(plan_of(study), runtime_from(os.environ))
+        runtime = runtime_from(os.environ)
+        checks = preflight.store_checks(open_store(runtime.store)) if store_only else preflight.diagnose(plan_of(study), runtime)
     bad = 0
     for check in checks:
         console.print(f"[green]ok  [/green] {check.name}: {check.found}" if check.passed else f"[red]FAIL[/red] {check.name}: {check.found}. {check.remedy}")

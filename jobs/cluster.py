@@ -37,11 +37,12 @@ POLL_S = 15.0
 _PLURALS = {
     "Namespace": "namespaces", "ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps", "Service": "services", "Pod": "pods", "Event": "events",
     "ResourceQuota": "resourcequotas", "PersistentVolumeClaim": "persistentvolumeclaims", "Node": "nodes", "Deployment": "deployments", "Job": "jobs",
-    "Role": "roles", "RoleBinding": "rolebindings", "NetworkPolicy": "networkpolicies", "PriorityClass": "priorityclasses",
-    "StorageClass": "storageclasses", "CustomResourceDefinition": "customresourcedefinitions", "RayJob": "rayjobs", "RayCluster": "rayclusters",
-    "ResourceFlavor": "resourceflavors", "ClusterQueue": "clusterqueues", "LocalQueue": "localqueues", "Workload": "workloads",
+    "Role": "roles", "RoleBinding": "rolebindings", "NetworkPolicy": "networkpolicies", "PriorityClass": "priorityclasses", "StorageClass": "storageclasses",
+    "CustomResourceDefinition": "customresourcedefinitions", "RayJob": "rayjobs", "RayCluster": "rayclusters", "Secret": "secrets",
+    "WorkloadPriorityClass": "workloadpriorityclasses", "ResourceFlavor": "resourceflavors", "ClusterQueue": "clusterqueues", "LocalQueue": "localqueues",
+    "Workload": "workloads",
 }  # fmt: skip
-_CLUSTER_WIDE = {"Namespace", "Node", "PriorityClass", "StorageClass", "CustomResourceDefinition", "ResourceFlavor", "ClusterQueue"}
+_CLUSTER_WIDE = {"Namespace", "Node", "PriorityClass", "StorageClass", "CustomResourceDefinition", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass"}
 RAYJOB, JOB, RAYCLUSTER, WORKLOAD = ("ray.io/v1", "RayJob"), ("batch/v1", "Job"), ("ray.io/v1", "RayCluster"), ("kueue.x-k8s.io/v1beta2", "Workload")
 POD, EVENT, CONFIGMAP = ("v1", "Pod"), ("v1", "Event"), ("v1", "ConfigMap")
 Kind = tuple[str, str]
@@ -281,7 +282,8 @@ def connect(context: str | None = None, namespace: str = NAMESPACE) -> Cluster:
         if context is None and "KUBECONFIG" not in os.environ:
             config.load_incluster_config(found := client.Configuration())
         else:
-            config.load_kube_config(context=context, client_configuration=(found := client.Configuration()))
+            # Named, because the client reads the variable once only, when it is imported.
+            config.load_kube_config(os.environ.get("KUBECONFIG"), context=context, client_configuration=(found := client.Configuration()))
     except (ConfigException, OSError) as error:
         raise UserError(f"no cluster: {error}. {_contexts()}") from error
     found.retries = False  # one retry layer: _send
@@ -290,7 +292,7 @@ def connect(context: str | None = None, namespace: str = NAMESPACE) -> Cluster:
 
 def _contexts() -> str:
     try:
-        return f"Contexts here: {', '.join(item['name'] for item in config.list_kube_config_contexts()[0])}"
+        return f"Contexts here: {', '.join(item['name'] for item in config.list_kube_config_contexts(os.environ.get('KUBECONFIG'))[0])}"
     except (ConfigException, OSError):
         return "There is no kubeconfig here; KUBECONFIG names one"
 

@@ -61,9 +61,7 @@ def _needed(plan: Plan, runtime: Runtime, store: Store, done: set[str]) -> Itera
 def diagnose(plan: Plan, runtime: Runtime) -> Iterator[Check]:
     """All checks, for `datadose doctor`."""
     enforce(runtime)
-    store = open_store(runtime.store)
-    yield writable(store)
-    yield conditional_writes(store)
+    yield from store_checks(open_store(runtime.store))
     yield from models(plan)
     yield from endpoints(plan, runtime, set())
     yield memory(runtime)
@@ -71,6 +69,11 @@ def diagnose(plan: Plan, runtime: Runtime) -> Iterator[Check]:
     yield amx(plan)
     yield ports()
     yield from versions()
+
+
+def store_checks(store: Store) -> Iterator[Check]:
+    yield writable(store)
+    yield conditional_writes(store)
 
 
 def writable(store: Store) -> Check:

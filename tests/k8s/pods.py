@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -31,12 +33,20 @@ class Pods:
         self.plane, self.playing = plane, playing if playing is not None else set[str]()
         self.started: list[tuple[str, str]] = []
         """Stage and pod, in the order in which their commands were begun."""
-        self.output = plane.folder / "output"
-        self.output.mkdir(exist_ok=True)
+        self.fail: set[str] = set()
+        """Stages whose command is not run and fails."""
+        self.fail_first: set[str] = set()
+        """Stages whose first attempt Ray gives up at once while its process lives on, and works beside the second."""
+        self.overlapped: set[str] = set()
+        """Stages of which two processes were seen at work at once."""
+        self.output = plane.folder / "output" / secrets.token_hex(4)
+        self.output.mkdir(parents=True)
         self._ray_address = ray_address
         self._cluster = plane.cluster()
         self._running: dict[str, tuple[subprocess.Popen[bytes], dict[str, Any], str | None]] = {}
         self._known: set[str] = set()
+        self._given_up: set[str] = set()
+        self._zombies: list[tuple[subprocess.Popen[bytes], str]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -44,7 +54,7 @@ class Pods:
     def close(self) -> None:
         self._stop.set()
         self._thread.join(30)
-        for process, _, _ in self._running.values():
+        for process in (*(each[0] for each in self._running.values()), *(each[0] for each in self._zombies)):
             process.kill()
             process.wait()
 
@@ -62,10 +72,13 @@ class Pods:
                     self._begin(pod)
             for uid, (process, pod, submission) in list(self._running.items()):
                 if uid not in pods or "deletionTimestamp" in pods[uid]["metadata"]:
+                    self._running.pop(uid)
+                    if uid in self._given_up:  # a zombie: its node cannot be reached to kill it
+                        self._zombies.append((process, pod["metadata"]["labels"][STAGE_LABEL]))
+                        continue
                     process.terminate()
                     process.wait()
-                    self._running.pop(uid)
-                elif process.poll() is not None:
+                elif process.poll() is not None and uid not in self._given_up:
                     self._running.pop(uid)
                     self._end(pod, process.returncode, submission)
 
@@ -90,10 +103,21 @@ class Pods:
             environment["KUBECONFIG"] = str(self.plane.account_kubeconfig(pod["spec"]["serviceAccountName"]))
         if submission:
             self.plane.dashboard.say(submission, "RUNNING")
+        if stage in self.fail:
+            command = [sys.executable, "-c", "raise SystemExit('the stage failed as the test wanted')"]
         with (self.output / f"{len(self.started):03d}-{stage}-{name}.txt").open("wb") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        self.started.append((stage, name))
+        for zombie, of in self._zombies:
+            if of == stage and zombie.poll() is None:
+                zombie.send_signal(signal.SIGCONT)
+                self.overlapped.add(stage)
         self._running[pod["metadata"]["uid"]] = process, pod, submission
+        if submission and stage in self.fail_first and stage not in {begun for begun, _ in self.started}:
+            process.send_signal(signal.SIGSTOP)  # it wakes up when the second attempt is at work
+            self._given_up.add(pod["metadata"]["uid"])
+            self.plane.dashboard.say(submission, "FAILED", "the test gives this attempt up")
+            self._status(pod, 1, "given up")
+        self.started.append((stage, name))
 
     def _owner_of(self, pod: dict[str, Any]) -> dict[str, Any]:
         job = self._cluster.get(JOB, next(item["name"] for item in pod["metadata"]["ownerReferences"] if item["kind"] == "Job"))
@@ -129,17 +153,16 @@ class Pods:
         return found
 
     def _end(self, pod: dict[str, Any], code: int, submission: str | None) -> None:
-        name, container = pod["metadata"]["name"], pod["spec"]["containers"][0]
-        (output,) = self.output.glob(f"*-{name}.txt")
+        (output,) = self.output.glob(f"*-{pod['metadata']['name']}.txt")
         tail = output.read_text(errors="replace")[-2000:]
         if submission:
             self.plane.dashboard.say(submission, "FAILED" if code else "SUCCEEDED", tail if code else "")
-        ended = {"exitCode": 1 if submission and code else code, "reason": "Error" if code else "Completed", "message": tail if code else ""}
-        status = {
-            "phase": "Failed" if code else "Succeeded",
-            "containerStatuses": [{
-                "name": container["name"], "image": container["image"], "imageID": "", "ready": False, "restartCount": 0, "state": {"terminated": ended},
-            }],
-        }  # fmt: skip
-        path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{name}/status"
+        self._status(pod, 1 if submission and code else code, tail if code else "")
+
+    def _status(self, pod: dict[str, Any], code: int, message: str) -> None:
+        container = pod["spec"]["containers"][0]
+        ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
+        state = {"name": container["name"], "image": container["image"], "imageID": "", "ready": False, "restartCount": 0, "state": {"terminated": ended}}
+        status = {"phase": "Failed" if code else "Succeeded", "containerStatuses": [state]}
+        path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}/status"
         self._cluster.request("PATCH", path, body={"status": status}, content="application/merge-patch+json")

@@ -1,0 +1,420 @@
+"""Studies on a real control plane (see control_plane.py for what is simulated: nodes, and Ray's dashboard)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, drive, setup, submit, under_way
+from jobs.manifests import STAGE_LABEL, STUDY_LABEL, instantiate, is_template, object_name, pod_templates, render, stage_of, study_config
+from jobs.session import plan_of
+from pipeline.artifacts import Store, done_keys, read_manifest
+from pipeline.errors import UserError
+from pipeline.plan import STAGES, Plan
+from tests.conftest import S3Server
+from tests.k8s.conftest import CANARIES, clear
+from tests.k8s.control_plane import ControlPlane
+from tests.k8s.pods import Pods
+from tests.runs import ROOT, tables
+
+pytestmark = [pytest.mark.k8s, pytest.mark.timeout(600)]
+
+Object = dict[str, Any]
+RAY_STAGES = {"synthesize", "train", "generate", "judge"}
+
+
+@pytest.fixture(scope="session")
+def small(small_study: Path) -> Plan:
+    return plan_of(str(small_study))
+
+
+@pytest.fixture
+def sa_cluster(plane: ControlPlane, laptop: Cluster) -> Cluster:
+    """The cluster as the launcher inside sees it."""
+    return plane.as_account("launcher")
+
+
+def wait_for(plane: ControlPlane, found: Callable[[], Any], what: str, timeout_s: float = 90) -> Any:
+    return plane.wait_for(found, what, timeout_s)
+
+
+def ended(cluster: Cluster, plan: Plan, stage: str = "grid") -> str | None:
+    found = cluster.get(JOB, object_name(plan, stage))
+    state = cluster.state(found) if found else None
+    return state.phase if state and state.ended else None
+
+
+def datadose(plane: ControlPlane, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a user types it, with a kubeconfig of the cluster."""
+    import os
+
+    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig)}
+    return subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+# ---------------------------------------------------------------- what the server admits
+
+
+@pytest.mark.parametrize("overlay", ["laptop", "gpu", "kueue", "onprem"])
+def test_every_object_of_an_overlay_and_every_pod_is_admitted(plane: ControlPlane, small: Plan, overlay: str):
+    cluster = plane.cluster()
+    setup(cluster, overlay, lambda _: None)
+    cluster.apply(study_config(small, cluster.namespace))
+    for item in render(overlay):
+        if is_template(item):
+            made = cluster.apply(instantiate(item, small), dry_run=True)
+            for index, template in enumerate(pod_templates(made)):
+                # As a bare pod, since only pods meet the restricted standard, quotas and priority classes.
+                pod = {"metadata": {"name": f"{stage_of(item)}-{index}", "namespace": "datadose"}, "spec": {**template["spec"], "restartPolicy": "Never"}}
+                cluster.apply({"apiVersion": "v1", "kind": "Pod", **pod}, dry_run=True)
+    if overlay == "onprem":
+        servers = wait_for(plane, lambda: len(found := running(cluster, "datadose/server")) == 2 and found, "the servers' pods")
+        assert sorted(gpus(pod) for pod in servers) == [1, 4]
+    for name in ("teacher", "judge"):
+        cluster.delete(("apps/v1", "Deployment"), name)
+
+
+def running(cluster: Cluster, labels: str) -> list[Object]:
+    return [pod for pod in cluster.items(POD, labels) if pod.get("status", {}).get("phase") == "Running"]
+
+
+def gpus(pod: Object) -> int:
+    return sum(int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0)) for container in pod["spec"]["containers"])
+
+
+def test_a_pod_that_the_restricted_standard_forbids_is_refused(laptop: Cluster):
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "root", "namespace": "datadose"}}
+    with pytest.raises(RefusedError, match="violates PodSecurity"):
+        laptop.apply({**pod, "spec": {"containers": [{"name": "root", "image": "datadose/core:0"}]}}, dry_run=True)
+
+
+def test_a_field_that_no_schema_knows_is_refused(laptop: Cluster, small: Plan):
+    template = instantiate(laptop.templates()["train"], small)
+    template["spec"]["preRunningDeadlineSecond"] = 5
+    with pytest.raises(RefusedError, match="preRunningDeadlineSecond"):
+        laptop.apply(template, dry_run=True)
+
+
+def test_the_operator_makes_the_pods_that_we_meant(plane: ControlPlane, small: Plan):
+    cluster = plane.cluster()
+    setup(cluster, "gpu", lambda _: None)
+    cluster.apply(study_config(small, cluster.namespace))
+    templates = cluster.templates()
+    try:
+        for stage in RAY_STAGES:
+            cluster.apply(instantiate(templates[stage], small))
+        for stage in RAY_STAGES:
+            labels = f"{STUDY_LABEL},{STAGE_LABEL}={stage}"
+            pods = wait_for(plane, lambda labels=labels: len(found := running(cluster, labels)) == 6 and found, f"head, workers and submitter of {stage}")
+            item = cluster.get(RAYJOB, object_name(small, stage))
+            assert item is not None
+            assert cluster.state(item).phase == "running", item["status"]
+            image = templates[stage]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+            kinds = sorted(pod["metadata"]["labels"].get("ray.io/node-type", "submitter") for pod in pods)
+            assert kinds == ["head", "submitter", "worker", "worker", "worker", "worker"]
+            for pod in pods:
+                kind, container = pod["metadata"]["labels"].get("ray.io/node-type", "submitter"), pod["spec"]["containers"][0]
+                assert {each["image"] for each in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ()))} == {image}
+                assert gpus(pod) == (kind == "worker")
+                assert pod["spec"]["serviceAccountName"] == "stage"
+                assert pod["spec"]["priorityClassName"] == "datadose"
+                assert not any(volume["name"].startswith("kube-api-access") for volume in pod["spec"].get("volumes", ()))
+                (token,) = (entry for entry in container["env"] if entry["name"] == "RAY_AUTH_TOKEN")
+                assert "secretKeyRef" in token["valueFrom"]  # Ray's own token, by reference
+                assert pod["spec"]["nodeName"].startswith("gpu" if kind == "worker" else "cpu")
+    finally:
+        clear(plane, cluster)
+
+
+# ---------------------------------------------------------------- whole studies
+
+
+def test_a_whole_study_runs_as_jobs_in_order_and_leaves_no_secret_anywhere(
+    plane: ControlPlane, laptop: Cluster, pods: Pods, store: Store, bucket: str, tmp_path: Path
+):
+    plan = plan_of("laptop", rehearse=True)
+    pods.playing |= {"grid", *STAGES}
+    first = datadose(plane, "submit", "laptop", "--rehearse", "--context", "test")
+    assert first.returncode == 0, first.stderr
+    wait_for(plane, lambda: laptop.get(RAYJOB, object_name(plan, "synthesize")), "the first stage's job")
+    second = datadose(plane, "submit", "laptop", "--rehearse", "--context", "test")
+    assert "under way already" in second.stdout
+    assert len(laptop.items(JOB, f"{STAGE_LABEL}=grid")) == 1
+    phase = wait_for(plane, lambda: ended(laptop, plan), "the study's end", 400)
+    assert phase == "succeeded", pods.printed("grid")
+    assert [stage for stage, _ in pods.started] == ["grid", *STAGES]
+    assert done_keys(store) == {step.key for step in plan.steps}
+
+    status = datadose(plane, "status", "laptop", "--rehearse", "--context", "test")
+    assert f"train       {len(plan.stage('train'))}/{len(plan.stage('train'))} steps done" in status.stdout
+    assert "launcher    succeeded" in status.stdout
+    report = datadose(plane, "report", "laptop", "--rehearse", "--context", "test", "--out", str(tmp_path / "report"))
+    assert report.returncode == 0, report.stderr
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    logs = datadose(plane, "logs", "laptop", "--rehearse", "--context", "test")
+    assert logs.stdout == "a line of a pod's log\n"  # kwok's pods print this
+
+    again = datadose(plane, "submit", "laptop", "--rehearse", "--context", "test")
+    assert "is submitted" in again.stdout
+    wait_for(plane, lambda: len(pods.started) == len(STAGES) + 2 and ended(laptop, plan), "the second run's end")
+    assert pods.started[-1][0] == "grid"  # and no stage: all was done
+
+    _no_canaries(plane, laptop, pods, store)
+    datadose(plane, "cancel", "laptop", "--rehearse", "--context", "test")
+    wait_for(plane, lambda: not laptop.items(RAYJOB) and not laptop.items(JOB), "an empty namespace")
+    assert "nothing of laptop-rehearsal is on this cluster" in datadose(plane, "status", "laptop", "--rehearse", "--context", "test").stdout
+
+
+def _no_canaries(plane: ControlPlane, cluster: Cluster, pods: Pods, store: Store) -> None:
+    kinds = (JOB, RAYJOB, POD, EVENT, CONFIGMAP, ("ray.io/v1", "RayCluster"), ("v1", "Service"))
+    places = {str(kind): json.dumps(cluster.items(kind)) for kind in kinds}
+    places |= {path.name: path.read_text(errors="replace") for path in (*plane.folder.glob("*.log"), *pods.output.iterdir())}
+    places |= {key: store.read(key).decode(errors="replace") for key in store.list("")}
+    assert len(places) > 50
+    for place, text in places.items():
+        for canary in CANARIES.values():
+            assert canary not in text, f"a secret is in {place}"
+
+
+def test_cancelled_studies_leave_no_object_and_go_on_where_they_were(plane: ControlPlane, laptop: Cluster, pods: Pods, store: Store, small: Plan):
+    pods.playing |= {"grid", "synthesize", "subset"}
+    submit(laptop, small, lambda _: None)
+    wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
+    cancel(laptop, small, lambda _: None)
+    wait_for(plane, lambda: not any(laptop.items(kind) for kind in (JOB, RAYJOB, POD)), "an empty namespace")
+    kept = done_keys(store)
+    assert {key.partition("/")[0] for key in kept} == {"synthesize", "subset"}
+
+    before = len(pods.started)
+    pods.playing |= set(STAGES)
+    submit(laptop, small, lambda _: None)
+    assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 300) == "succeeded", pods.printed("grid")
+    assert [stage for stage, _ in pods.started[before:]] == ["grid", "train", "generate", "judge", "report"]
+    assert kept < done_keys(store)
+
+
+def test_a_rayjob_deleted_by_hand_ends_the_study_and_says_so(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
+    pods.playing |= {"grid", "synthesize", "subset"}
+    submit(laptop, small, lambda _: None)
+    wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
+    laptop.delete(RAYJOB, object_name(small, "train"))
+    assert wait_for(plane, lambda: ended(laptop, small), "the launcher's end") == "failed"
+    (line,) = [line for line in under_way(laptop, small) if line.startswith("launcher")]
+    assert f"RayJob {object_name(small, 'train')} was deleted while it ran" in line
+    assert "another submit goes on from there" in line
+
+
+def test_a_restart_of_the_api_server_is_outlasted(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
+    pods.playing |= {"grid", "synthesize", "subset"}
+    submit(laptop, small, lambda _: None)
+    wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
+    plane.stop("kube-apiserver")
+    plane.start_api()
+    pods.playing |= set(STAGES)
+    assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 300) == "succeeded", pods.printed("grid")
+    assert [stage for stage, _ in pods.started] == ["grid", *STAGES]  # each once
+
+
+def test_attempts_that_overlap_leave_one_result(
+    plane: ControlPlane, laptop: Cluster, pods: Pods, store: Store, small: Plan, undisturbed: dict[str, object], s3_server: S3Server, tmp_path: Path
+):
+    """KubeRay gives a RayJob up whose process lives on, and starts it anew: two of them commit into one store."""
+    pods.playing |= {"grid", *STAGES}
+    pods.fail_first = {"synthesize", "train"}
+    submit(laptop, small, lambda _: None)
+    assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 400) == "succeeded", pods.printed("grid")
+    assert [stage for stage, _ in pods.started] == ["grid", "synthesize", "synthesize", "subset", "train", "train", "generate", "judge", "report"]
+    assert pods.overlapped == {"synthesize", "train"}
+    for key in store.list(""):
+        target = tmp_path / "copy" / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(store.read(key))
+    found = tables(tmp_path / "copy")
+    assert found.keys() == undisturbed.keys()
+    assert found == undisturbed
+    for step in small.steps:
+        assert read_manifest(store, step) is not None
+
+
+# ---------------------------------------------------------------- what goes wrong, and the sentence that says it
+
+
+def said(plane: ControlPlane, cluster: Cluster, plan: Plan, template: Object, words: str) -> str:
+    """The line about a stage's job once it holds these words."""
+    item = cluster.apply(instantiate(template, plan))
+    kind, name = (item["apiVersion"], item["kind"]), item["metadata"]["name"]
+
+    def look() -> str | None:
+        found = cluster.get(kind, name)
+        assert found is not None
+        state = cluster.state(found)
+        text = f"{state.phase}: {state.reason} {cluster.explain(found)}"
+        return text if words in text else None
+
+    return str(wait_for(plane, look, f"{words!r} about {name}"))
+
+
+@pytest.fixture
+def train(laptop: Cluster) -> Object:
+    return copy.deepcopy(laptop.templates()["train"])
+
+
+def test_a_rayjob_that_the_operator_refuses_has_failed(plane: ControlPlane, sa_cluster: Cluster, small: Plan, train: Object):
+    train["spec"]["rayClusterSpec"]["rayVersion"] = "2.40.0"
+    text = said(plane, sa_cluster, small, train, "refuses it")
+    assert text.startswith("failed: KubeRay's operator refuses it")
+    assert "minimum Ray version is 2.52.0" in text
+    reason = sa_cluster.run_stage({**train, "spec": train["spec"] | {"activeDeadlineSeconds": 9000}}, small, lambda _: None)
+    assert reason is not None
+    assert "minimum Ray version is 2.52.0" in reason
+
+
+def test_gpus_that_no_node_has_are_named(plane: ControlPlane, sa_cluster: Cluster, small: Plan, train: Object):
+    container = train["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    for part in ("requests", "limits"):
+        container["resources"][part]["nvidia.com/gpu"] = "9"
+    text = said(plane, sa_cluster, small, train, "has no node")
+    assert text.startswith("waiting")
+    assert "Insufficient nvidia.com/gpu" in text
+    assert "event FailedScheduling" in text
+
+
+def test_an_image_that_does_not_exist_is_named(plane: ControlPlane, sa_cluster: Cluster, small: Plan, train: Object):
+    for pod in pod_templates(train):
+        pod["spec"]["containers"][0]["image"] = "registry.example/datadose/no-such-image:1"
+    text = said(plane, sa_cluster, small, train, "ImagePullBackOff")
+    assert text.startswith("waiting")
+    assert "registry.example/datadose/no-such-image:1" in text
+    assert "event Failed" in text
+
+
+def test_a_quota_that_stops_a_rayjobs_pods_is_named(plane: ControlPlane, laptop: Cluster, sa_cluster: Cluster, small: Plan, train: Object):
+    with quota(plane, laptop, pods="0"):
+        text = said(plane, sa_cluster, small, train, "exceeded quota")
+    assert text.startswith("waiting")
+    assert "tight" in text
+
+
+def test_a_quota_that_stops_a_job_is_named_and_the_stage_starts_once_it_is_raised(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
+    pods.playing |= {"grid", *STAGES}
+    with quota(plane, laptop, **{"count/rayjobs.ray.io": "0"}):
+        submit(laptop, small, lambda _: None)
+        wait_for(plane, lambda: "exceeded quota: tight" in pods.printed("grid"), "the launcher's word about the quota")
+        assert laptop.get(RAYJOB, object_name(small, "synthesize")) is None
+    wait_for(plane, lambda: laptop.get(RAYJOB, object_name(small, "synthesize")), "the stage's job")
+
+
+class quota:  # noqa: N801  # read as a word of the test
+    def __init__(self, plane: ControlPlane, cluster: Cluster, **hard: str) -> None:
+        self._plane, self._cluster, self._hard = plane, cluster, hard
+
+    def __enter__(self) -> None:
+        metadata = {"name": "tight", "namespace": self._cluster.namespace}
+        self._cluster.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": self._hard}})
+        self._plane.wait_for(lambda: (self._cluster.get(("v1", "ResourceQuota"), "tight") or {}).get("status", {}).get("hard"), "the quota in force")
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.delete(("v1", "ResourceQuota"), "tight")
+
+
+def test_the_launcher_ends_with_what_its_stage_said(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan, store: Store):
+    """A study whose stage fails: the other stages that can run do, and the launcher's Job says what is missing and why."""
+    pods.playing |= {"grid", *STAGES}
+    pods.fail = {"train"}
+    submit(laptop, small, lambda _: None)
+    assert wait_for(plane, lambda: ended(laptop, small), "the launcher's end", 300) == "failed"
+    (line,) = [line for line in under_way(laptop, small) if line.startswith("launcher")]
+    assert "train/" in line
+    assert "a rerun builds only these" in line
+    assert any(key.startswith("generate/base") for key in done_keys(store))  # what depends on no adapter
+
+
+# ---------------------------------------------------------------- who may do what
+
+
+def test_the_launchers_account_is_refused_what_it_does_not_need(plane: ControlPlane, laptop: Cluster, sa_cluster: Cluster):
+    elsewhere = plane.as_account("launcher")
+    elsewhere.namespace = "default"
+    refused: list[Callable[[], Any]] = [
+        lambda: sa_cluster.get(("v1", "Secret"), "store"),
+        lambda: sa_cluster.items(("v1", "Secret")),
+        lambda: elsewhere.items(POD),
+        lambda: elsewhere.items(JOB),
+        lambda: sa_cluster.items(("v1", "Node")),
+        lambda: sa_cluster.delete(("v1", "Namespace"), "datadose"),
+        lambda: sa_cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", "namespace": "datadose"}, "spec": {"containers": []}}),
+        lambda: sa_cluster.request("POST", "/api/v1/namespaces/datadose/serviceaccounts/launcher/token", body={"spec": {}}),
+        lambda: sa_cluster.delete(("rbac.authorization.k8s.io/v1", "Role"), "launcher"),
+        lambda: sa_cluster.request("POST", "/api/v1/namespaces/datadose/pods/x/exec"),
+    ]
+    for attempt in refused:
+        with pytest.raises(RefusedError) as caught:
+            attempt()
+        assert caught.value.status == 403
+
+
+# ---------------------------------------------------------------- Kueue
+
+
+@pytest.fixture
+def queue(plane: ControlPlane, queued: Cluster) -> Iterator[Cluster]:
+    yield queued
+    clear(plane, queued)
+
+
+def test_kueue_admits_suspends_preempts_and_resumes(plane: ControlPlane, queue: Cluster, small: Plan):
+    queue.apply({
+        "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "metadata": {"name": "urgent"}, "value": 100_000,
+    })  # fmt: skip
+    templates = queue.templates()
+    queue.apply(study_config(small, queue.namespace))
+
+    def workers(stage: str) -> int:
+        return sum(pod["metadata"]["labels"].get("ray.io/node-type") == "worker" for pod in running(queue, f"{STAGE_LABEL}={stage}"))
+
+    def about(stage: str) -> str:
+        found = queue.get(RAYJOB, object_name(small, stage))
+        assert found is not None
+        return queue.explain(found)
+
+    queue.apply(instantiate(templates["train"], small))
+    wait_for(plane, lambda: workers("train") == 4, "the training, admitted")
+    assert all(load["spec"]["queueName"] == "datadose" for load in queue.items(WORKLOAD))
+
+    queue.apply(instantiate(templates["judge"], small))  # the queue has four GPUs
+    wait_for(plane, lambda: "Kueue has not admitted it" in about("judge") and "insufficient unused quota" in about("judge"), "the queue's word")
+    suspended = queue.get(RAYJOB, object_name(small, "judge"))
+    assert suspended is not None
+    assert suspended["spec"]["suspend"] is True
+    assert workers("judge") == 0
+
+    urgent = instantiate(templates["generate"], small)
+    urgent["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] = "urgent"
+    queue.apply(urgent)
+    wait_for(plane, lambda: workers("generate") == 4 and workers("train") == 0, "the urgent job in place of the training")
+    assert "Kueue has taken its place back (Preempted)" in about("train")
+
+    queue.delete(RAYJOB, object_name(small, "judge"))
+    queue.delete(RAYJOB, object_name(small, "generate"))
+    wait_for(plane, lambda: workers("train") == 4, "the training, resumed")
+    assert about("train") == ""
+
+
+# ---------------------------------------------------------------- watches
+
+
+def test_a_watch_of_a_version_that_is_gone_wakes_up_and_does_not_fail(laptop: Cluster):
+    laptop.changed(JOB, "", "1", timeout_s=2)
+
+
+def test_a_drive_without_templates_says_what_to_do(plane: ControlPlane, small: Plan, store: Store):
+    empty = plane.cluster("default")
+    with pytest.raises(UserError, match="datadose setup OVERLAY --context"):
+        drive(empty, small, store, lambda _: None)
