@@ -2,9 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help grid plan doctor test test-fast check format locks env clean clean-env
+.PHONY: help grid cluster plan doctor test test-fast test-k8s k8s-tools manifests images check format locks env clean clean-env
 
 STUDY ?= laptop
+CONTEXT ?=
+OVERLAY ?= gpu
+REGISTRY ?=
+TAG ?= 0.1.0
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
@@ -15,18 +19,34 @@ COMPILE = $(UV) pip compile pyproject.toml --universal --generate-hashes --pytho
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-grid: env ## run a study from synthesis to report: make grid STUDY=laptop
-	@$(BIN)/datadose run $(STUDY)
+grid: env ## run a study: make grid STUDY=laptop; on a cluster: make grid STUDY=paper CONTEXT=my-cluster
+	@$(BIN)/datadose $(if $(CONTEXT),submit $(STUDY) --context $(CONTEXT),run $(STUDY))
+
+cluster: env ## make what studies need on a cluster, once: make cluster OVERLAY=gpu CONTEXT=my-cluster
+	@$(BIN)/datadose setup $(OVERLAY) --context $(CONTEXT)
+
+manifests: env ## render all overlays into build/manifests
+	@$(BIN)/python -m jobs.manifests build/manifests
+
+images: ## build, push and pin the images: make images REGISTRY=ghcr.io/me TAG=0.1.0
+	@images/build.sh "$(REGISTRY)" "$(TAG)"
 
 plan: env ## what a study would run, and what it costs: make plan STUDY=laptop
 	@$(BIN)/datadose plan $(STUDY)
 
 doctor: env ## check this machine and say what to do about each finding
-	@$(BIN)/datadose doctor $(STUDY)
+	@$(BIN)/datadose doctor $(STUDY) $(if $(CONTEXT),--context $(CONTEXT))
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not k8s" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m real
+
+test-k8s: env ## the tests against a real control plane, which `make k8s-tools` builds
+	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20
+
+k8s-tools: env ## build kube-apiserver, KubeRay, Kueue and what else the tests start, once a machine
+	$(BIN)/python -m tests.k8s.tools
 
 test-fast: env ## the tests of the pure core: under a minute
 	$(BIN)/python -m pytest -m fast -n 2

@@ -75,7 +75,7 @@ class State(NamedTuple):
 class Cluster:
     """One namespace of one cluster, as one user."""
 
-    def __init__(self, api: client.ApiClient, namespace: str, outage_s: float = OUTAGE_S) -> None:
+    def __init__(self, api: client.ApiClient, namespace: str, outage_s: float) -> None:
         self._api = api
         self.namespace = namespace
         self._outage_s = outage_s
@@ -234,7 +234,7 @@ class Cluster:
             try:
                 found = self.apply(item)
             except RefusedError as error:
-                if "exceeded quota" not in str(error):
+                if not any(words in str(error) for words in ("exceeded quota", "status unknown for quota")):
                     raise
                 told = _tell(say, f"{stage} waits: {error}", told)
                 time.sleep(POLL_S)
@@ -276,7 +276,7 @@ class Cluster:
 # ---------------------------------------------------------------- what the user does
 
 
-def connect(context: str | None = None, namespace: str = NAMESPACE) -> Cluster:
+def connect(context: str | None = None, namespace: str = NAMESPACE, outage_s: float = OUTAGE_S) -> Cluster:
     """By a context of the kubeconfig; without one, as the pod that this runs in. Raises UserError with the contexts that there are."""
     try:
         if context is None and "KUBECONFIG" not in os.environ:
@@ -287,7 +287,7 @@ def connect(context: str | None = None, namespace: str = NAMESPACE) -> Cluster:
     except (ConfigException, OSError) as error:
         raise UserError(f"no cluster: {error}. {_contexts()}") from error
     found.retries = False  # one retry layer: _send
-    return Cluster(client.ApiClient(found), namespace)
+    return Cluster(client.ApiClient(found), namespace, outage_s)
 
 
 def _contexts() -> str:

@@ -1,6 +1,7 @@
 """The objects of a study on a cluster: what kustomize renders of k8s/, and the same under the names of one study.
 
 No client and no cluster here. A name carries the study's fingerprint, so a second submit of one study finds the first.
+`python -m jobs.manifests FOLDER` renders every overlay into a file.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import base64
 import copy
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,13 @@ def study_files(study: Study) -> tuple[str, Mapping[str, bytes]]:
             files[path.name] = path.read_bytes()
             raw["task"][key] = path.name
     return tomlkit.dumps(raw), files
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for name in known_overlays():
+        (target / f"{name}.yaml").write_text(
+            yaml.dump_all(render(name), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False), encoding="utf-8"
+        )
+        print(target / f"{name}.yaml")

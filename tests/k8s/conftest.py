@@ -100,7 +100,7 @@ def _set_up(plane: ControlPlane, overlay: str, bucket: str, server: S3Server) ->
 
 
 def clear(plane: ControlPlane, cluster: Cluster) -> None:
-    for kind in (JOB, RAYJOB):
+    for kind in (JOB, RAYJOB, ("apps/v1", "Deployment")):
         for item in cluster.items(kind):
             cluster.delete(kind, item["metadata"]["name"])
     plane.wait_for(lambda: not cluster.items(RAYJOB) and not cluster.items(JOB) and not cluster.items(("v1", "Pod")), "an empty namespace")

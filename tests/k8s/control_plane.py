@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from jobs.cluster import Cluster, connect
@@ -70,7 +70,7 @@ class Certificates:
 
     @staticmethod
     def _issue(name: str, signer: Any, authority: x509.Certificate | None) -> tuple[Any, x509.Certificate]:
-        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+        key, now = rsa.generate_private_key(65537, 2048), datetime.datetime.now(datetime.UTC)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name), x509.NameAttribute(NameOID.ORGANIZATION_NAME, "kueue")])
         made = (
             x509.CertificateBuilder().subject_name(subject).issuer_name(authority.subject if authority else subject).public_key(key.public_key())
@@ -79,7 +79,8 @@ class Certificates:
         )  # fmt: skip
         if authority is None:
             usage = x509.KeyUsage(True, False, True, False, False, True, True, False, False)
-            made = made.add_extension(usage, critical=True)
+            names = x509.SubjectAlternativeName([x509.DNSName(name)])  # or Kueue takes it for another's and makes its own
+            made = made.add_extension(usage, critical=True).add_extension(names, critical=False)
         else:
             names = [x509.DNSName(name) for name in ("localhost", "kueue-webhook-service.kueue-system.svc")]
             made = made.add_extension(x509.SubjectAlternativeName([*names, x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
@@ -89,7 +90,7 @@ class Certificates:
 
 
 def _pem(key: Any) -> bytes:
-    return bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()))
 
 
 class Dashboard:
@@ -177,7 +178,7 @@ class ControlPlane:
         before = os.environ.get("KUBECONFIG")
         os.environ["KUBECONFIG"] = str(kubeconfig)
         try:
-            return connect("test", namespace)
+            return connect("test", namespace, outage_s=60)
         finally:
             os.environ.pop("KUBECONFIG")
             if before is not None:
@@ -227,6 +228,8 @@ class ControlPlane:
         )  # fmt: skip
         self.start_api()
         self._await_url(f"{self.url}/readyz", "kube-apiserver")
+        self._install(*sorted(sources("github.com/ray-project/kuberay/ray-operator", "kuberay").glob("config/crd/bases/*.yaml")))
+        # After the definitions: it looks for kinds to count for quotas when it starts, and then every half minute.
         ours = self.certificates
         self._run(
             "kube-controller-manager", f"--kubeconfig={self.kubeconfig}", "--leader-elect=false", "--secure-port=0", f"--controllers={','.join(CONTROLLERS)}",
@@ -234,7 +237,6 @@ class ControlPlane:
         )  # fmt: skip
         self._run("kube-scheduler", f"--kubeconfig={self.kubeconfig}", "--leader-elect=false", "--secure-port=0", "--v=1")
         self._start_nodes()
-        self._install(*sorted(sources("github.com/ray-project/kuberay/ray-operator", "kuberay").glob("config/crd/bases/*.yaml")))
         # Ray's dashboards are behind a proxy that answers in their place; the API server is on loopback, which no proxy is asked for.
         self._run(
             "kuberay", "--enable-leader-election=false", "--metrics-addr=127.0.0.1:0", "--health-probe-bind-address=127.0.0.1:0",

@@ -94,8 +94,8 @@ class Pods:
             container = pod_spec["containers"][0]
         else:
             pod_spec = pod["spec"]
-        volume = next(item for item in pod_spec["volumes"] if item["name"] == "study")
-        folder = self._study(volume["configMap"]["name"])
+        studies = [item["configMap"]["name"] for item in pod_spec["volumes"] if item["name"] == "study"]
+        folder = self._study(studies[0]) if studies else self.plane.folder
         command = [sys.executable if part == "python" else part.replace("/study/", f"{folder}/") for part in command]
         environment = {key: os.environ[key] for key in ("PATH", "HOME", "PYTHONPATH") if key in os.environ} | self._environment(pod, container)
         environment |= {"DATADOSE_CACHE": str(self.plane.folder / "cache"), "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self._ray_address}

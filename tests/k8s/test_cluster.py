@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, drive, setup, submit, under_way
+from jobs.cluster_doctor import diagnose
 from jobs.manifests import STAGE_LABEL, STUDY_LABEL, instantiate, is_template, object_name, pod_templates, render, stage_of, study_config
 from jobs.session import plan_of
 from pipeline.artifacts import Store, done_keys, read_manifest
@@ -67,18 +68,20 @@ def test_every_object_of_an_overlay_and_every_pod_is_admitted(plane: ControlPlan
     cluster = plane.cluster()
     setup(cluster, overlay, lambda _: None)
     cluster.apply(study_config(small, cluster.namespace))
-    for item in render(overlay):
-        if is_template(item):
-            made = cluster.apply(instantiate(item, small), dry_run=True)
-            for index, template in enumerate(pod_templates(made)):
-                # As a bare pod, since only pods meet the restricted standard, quotas and priority classes.
-                pod = {"metadata": {"name": f"{stage_of(item)}-{index}", "namespace": "datadose"}, "spec": {**template["spec"], "restartPolicy": "Never"}}
-                cluster.apply({"apiVersion": "v1", "kind": "Pod", **pod}, dry_run=True)
-    if overlay == "onprem":
-        servers = wait_for(plane, lambda: len(found := running(cluster, "datadose/server")) == 2 and found, "the servers' pods")
-        assert sorted(gpus(pod) for pod in servers) == [1, 4]
-    for name in ("teacher", "judge"):
-        cluster.delete(("apps/v1", "Deployment"), name)
+    try:
+        for item in render(overlay):
+            if is_template(item):
+                made = cluster.apply(instantiate(item, small), dry_run=True)
+                for index, template in enumerate(pod_templates(made)):
+                    # As a bare pod, since only pods meet the restricted standard, quotas and priority classes.
+                    metadata = {"name": f"{stage_of(item)}-{index}", "namespace": "datadose"}
+                    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {**template["spec"], "restartPolicy": "Never"}}
+                    cluster.apply(pod, dry_run=True)
+        if overlay == "onprem":
+            servers = wait_for(plane, lambda: len(found := running(cluster, "datadose/server")) == 2 and found, "the servers' pods")
+            assert sorted(gpus(pod) for pod in servers) == [1, 4]
+    finally:
+        clear(plane, cluster)
 
 
 def running(cluster: Cluster, labels: str) -> list[Object]:
@@ -280,9 +283,9 @@ def test_gpus_that_no_node_has_are_named(plane: ControlPlane, sa_cluster: Cluste
     container = train["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
     for part in ("requests", "limits"):
         container["resources"][part]["nvidia.com/gpu"] = "9"
-    text = said(plane, sa_cluster, small, train, "has no node")
+    text = said(plane, sa_cluster, small, train, "Insufficient nvidia.com/gpu")
     assert text.startswith("waiting")
-    assert "Insufficient nvidia.com/gpu" in text
+    assert "has no node" in text
     assert "event FailedScheduling" in text
 
 
@@ -334,6 +337,42 @@ def test_the_launcher_ends_with_what_its_stage_said(plane: ControlPlane, laptop:
     assert "train/" in line
     assert "a rerun builds only these" in line
     assert any(key.startswith("generate/base") for key in done_keys(store))  # what depends on no adapter
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_finds_a_cluster_in_order(plane: ControlPlane, laptop: Cluster, pods: Pods):
+    pods.playing |= {"doctor"}
+    checked = datadose(plane, "doctor", "laptop", "--context", "test")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    for words in ("v1.36", "serves RayJob v1", "with the overlay laptop", "this user may submit", "leaves room", "pods of train: are admitted"):
+        assert words in checked.stdout
+    assert "the store can be written from there, one writer at a time" in checked.stdout.replace("\n", " ")
+    assert not laptop.items(JOB)
+
+
+def test_doctor_names_what_is_missing(plane: ControlPlane, laptop: Cluster, pods: Pods):
+    templates = laptop.templates()
+    for template in templates.values():
+        for pod in pod_templates(template):
+            pod["spec"]["containers"][0]["image"] = "registry.example/datadose/no-such-image:1"
+    templates["train"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = "9"
+    templates["judge"]["spec"]["submitterPodTemplate"]["spec"].pop("securityContext")
+    data = {f"{stage}.json": json.dumps(item) for stage, item in templates.items()}
+    laptop.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "templates", "namespace": "datadose"}, "data": data})
+    with quota(plane, laptop, pods="3"):
+        checks = {check.name: check for check in diagnose(laptop, plan_of("laptop"))}
+    assert not checks["GPU nodes"].passed
+    assert "9 on one node" in checks["GPU nodes"].found
+    assert not checks["quota"].passed
+    assert "tight leaves 3 of pods" in checks["quota"].found
+    assert not checks["pods of judge"].passed
+    assert "PodSecurity" in checks["pods of judge"].found
+    image = checks["store, from inside"]
+    assert not image.passed
+    assert "cannot start registry.example/datadose/no-such-image:1 (ImagePullBackOff" in image.found
+    assert all(check.remedy for check in checks.values() if not check.passed)
 
 
 # ---------------------------------------------------------------- who may do what
