@@ -104,7 +104,8 @@ class Cluster:
                 if answer.status < 300:
                     return answer
                 problem = RefusedError(answer.status, _message(answer.read()))
-                if answer.status not in TRANSIENT:
+                # A field that no schema knows is a 500 under server-side apply, and no time mends it.
+                if answer.status not in TRANSIENT or "failed to create typed patch object" in str(problem):
                     raise problem
                 wait = max(wait, _seconds(answer.headers.get("Retry-After")))
             except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -145,12 +146,19 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each.
+    """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each."""
+    folder = tmp_path_factory.mktemp("ray")
+    crash = {"PYTHONPATH": str(ROOT / "tests" / "crash"), "CRASH_CONTROL": str(folder / "control")}
+    with started_ray(folder, **crash) as address:
+        yield RayCluster(address, folder / "control", crash)
+
+
+@contextlib.contextmanager
+def started_ray(folder: Path, **extra: str) -> Iterator[str]:
+    """The address of a Ray cluster whose workers have this environment.
 
     Without tokens, which embedded ones turn on: whether to send one is read when Ray is imported, before the runs are forked.
     """
-    folder = tmp_path_factory.mktemp("ray")
-    crash = {"PYTHONPATH": str(ROOT / "tests" / "crash"), "CRASH_CONTROL": str(folder / "control")}
     code = (
         "import ray, sys; context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False,"
         "_node_ip_address='127.0.0.1'); print(context.address_info['gcs_address'], flush=True); sys.stdin.read()"
@@ -158,10 +166,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     command = [sys.executable, "-c", code]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, RAY_AUTH_MODE="disabled", **crash)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, RAY_AUTH_MODE="disabled", **extra)
         )
         assert process.stdout is not None
-        yield RayCluster(process.stdout.readline().strip(), folder / "control", crash)
+        yield process.stdout.readline().strip()
         process.communicate("")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.cluster import JOB, RAYJOB, Cluster, setup
 from pipeline.artifacts import Store, open_store
-from tests.conftest import REGION, S3Server
+from tests.conftest import REGION, S3Server, started_ray
 from tests.k8s.control_plane import ControlPlane, running
 from tests.k8s.pods import Pods
 from tests.k8s.tools import PROGRAMS, folder, program
@@ -106,9 +106,17 @@ def clear(plane: ControlPlane, cluster: Cluster) -> None:
     plane.wait_for(lambda: not cluster.items(RAYJOB) and not cluster.items(JOB) and not cluster.items(("v1", "Pod")), "an empty namespace")
 
 
+@pytest.fixture(scope="session")
+def pods_ray(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster whose workers have the store's keys, as KubeRay's pods have them."""
+    keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
+    with started_ray(tmp_path_factory.mktemp("ray"), **keys, AWS_DEFAULT_REGION=REGION, AWS_ENDPOINT_URL_S3=s3_server.endpoint_url) as address:
+        yield address
+
+
 @pytest.fixture
-def pods(plane: ControlPlane, laptop: Cluster, ray_address: str) -> Iterator[Pods]:
+def pods(plane: ControlPlane, laptop: Cluster, pods_ray: str) -> Iterator[Pods]:
     """The player of the pods; a test says which stages it plays."""
-    played = Pods(plane, ray_address)
+    played = Pods(plane, pods_ray)
     yield played
     played.close()

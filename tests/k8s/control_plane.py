@@ -267,7 +267,7 @@ class ControlPlane:
         stages = Path(__file__).parent / "stages.yaml"
         text = stages.read_text().replace("LOGS_FILE", str(self.folder / "pod.log"))
         (self.folder / "kwok.yaml").write_text(text)
-        (self.folder / "pod.log").write_text("a line of a pod's log\n")
+        (self.folder / "pod.log").write_text("2026-01-01T00:00:00.000000000Z stdout F a line of a pod's log\n")
         ours = self.certificates
         self._run(
             "kwok", f"--kubeconfig={self.kubeconfig}", f"--config={self.folder / 'kwok.yaml'}", "--manage-all-nodes=true", "--node-ip=127.0.0.1",

@@ -8,6 +8,7 @@ the whole cluster: its entrypoint runs with the head's environment, and the dash
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import secrets
 import shlex
@@ -18,7 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import CONFIGMAP, JOB, POD, RAYJOB
+from jobs.cluster import CONFIGMAP, JOB, POD, RAYJOB, RefusedError
 from jobs.manifests import STAGE_LABEL
 from tests.k8s.control_plane import ControlPlane
 from tests.runs import ROOT
@@ -52,11 +53,13 @@ class Pods:
         self._thread.start()
 
     def close(self) -> None:
+        died = not self._thread.is_alive()
         self._stop.set()
         self._thread.join(30)
         for process in (*(each[0] for each in self._running.values()), *(each[0] for each in self._zombies)):
             process.kill()
             process.wait()
+        assert not died, "the player of the pods has died; its traceback is above"
 
     def printed(self, stage: str) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.output.glob(f"*-{stage}-*.txt")))
@@ -116,7 +119,7 @@ class Pods:
             process.send_signal(signal.SIGSTOP)  # it wakes up when the second attempt is at work
             self._given_up.add(pod["metadata"]["uid"])
             self.plane.dashboard.say(submission, "FAILED", "the test gives this attempt up")
-            self._status(pod, 1, "given up")
+            self._status(pod, 0, "")
         self.started.append((stage, name))
 
     def _owner_of(self, pod: dict[str, Any]) -> dict[str, Any]:
@@ -157,12 +160,14 @@ class Pods:
         tail = output.read_text(errors="replace")[-2000:]
         if submission:
             self.plane.dashboard.say(submission, "FAILED" if code else "SUCCEEDED", tail if code else "")
-        self._status(pod, 1 if submission and code else code, tail if code else "")
+        # A submitter follows the logs and ends well, however its job ended.
+        self._status(pod, 0 if submission else code, "" if submission else tail)
 
     def _status(self, pod: dict[str, Any], code: int, message: str) -> None:
         container = pod["spec"]["containers"][0]
-        ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
+        ended = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message if code else ""}
         state = {"name": container["name"], "image": container["image"], "imageID": "", "ready": False, "restartCount": 0, "state": {"terminated": ended}}
         status = {"phase": "Failed" if code else "Succeeded", "containerStatuses": [state]}
         path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}/status"
-        self._cluster.request("PATCH", path, body={"status": status}, content="application/merge-patch+json")
+        with contextlib.suppress(RefusedError):  # it was deleted meanwhile
+            self._cluster.request("PATCH", path, body={"status": status}, content="application/merge-patch+json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -54,9 +55,7 @@ def ended(cluster: Cluster, plan: Plan, stage: str = "grid") -> str | None:
 
 def datadose(plane: ControlPlane, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line as a user types it, with a kubeconfig of the cluster."""
-    import os
-
-    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig)}
+    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig), "DATADOSE_CACHE": str(plane.folder / "cache")}
     return subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
