@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, drive, setup, submit, under_way
 from jobs.cluster_doctor import diagnose
@@ -81,6 +82,36 @@ def test_every_object_of_an_overlay_and_every_pod_is_admitted(plane: ControlPlan
             assert sorted(gpus(pod) for pod in servers) == [1, 4]
     finally:
         clear(plane, cluster)
+
+
+NEWER_CRDS = Path(os.environ.get("DATADOSE_CRDS", ROOT.parent / "shared" / "crds")) / "kuberay-v1.7.0" / "ray.io_rayjobs.yaml"
+
+
+@pytest.mark.skipif(not NEWER_CRDS.is_file(), reason="KubeRay 1.7's definitions are not beside this folder (DATADOSE_CRDS names another place)")
+def test_the_rayjobs_of_all_overlays_fit_the_schema_of_kuberay_17(plane: ControlPlane, small: Plan):
+    """The operator of 1.7 cannot be had as a Go module; its definition can be tried, under a name of its own beside the one of 1.6."""
+    cluster = plane.cluster()
+    definition = yaml.load(NEWER_CRDS.read_text(), yaml.CSafeLoader)
+    definition["metadata"]["name"] = "newerrayjobs.ray.io"
+    definition["spec"]["names"] = {"kind": "NewerRayJob", "listKind": "NewerRayJobList", "plural": "newerrayjobs", "singular": "newerrayjob"}
+    cluster.apply(definition)
+    plane.wait_for(lambda: _known(cluster, "/apis/ray.io/v1/namespaces/datadose/newerrayjobs"), "the definition in force")
+    setup(cluster, "laptop", lambda _: None)
+    for overlay in ("laptop", "gpu", "kueue", "onprem"):
+        for item in render(overlay):
+            if item["kind"] == "RayJob":
+                made = {**instantiate(item, small), "kind": "NewerRayJob"}
+                path = f"/apis/ray.io/v1/namespaces/datadose/newerrayjobs/{made['metadata']['name']}"
+                query = {"fieldManager": "test", "fieldValidation": "Strict", "dryRun": "All"}
+                cluster.request("PATCH", path, query, made, "application/apply-patch+yaml")
+    cluster.delete(("apiextensions.k8s.io/v1", "CustomResourceDefinition"), "newerrayjobs.ray.io")
+
+
+def _known(cluster: Cluster, path: str) -> bool:
+    try:
+        return bool(cluster.request("GET", path))
+    except RefusedError:
+        return False
 
 
 def running(cluster: Cluster, labels: str) -> list[Object]:
