@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.manifests import STAGE_LABEL, STUDY_FOLDER, instantiate, is_template, known_overlays, object_name, pod_templates, render, stage_of, study_files
+from pipeline.network import OFFLINE
 from pipeline.plan import STAGES, make_plan
 from pipeline.runtime import Runtime
 from pipeline.study import load_study
@@ -252,12 +253,12 @@ def test_nothing_comes_in_but_from_the_namespace_and_kuberay(overlay):
                     assert peer == {"podSelector": {}}
 
 
-def test_onprem_is_closed_for_libraries_too():
+def test_onprem_is_closed_for_python_and_every_librarys_telemetry_is_off_in_every_image():
     (settings,) = (item["data"] for item in render("onprem") if item["kind"] == "ConfigMap" and item["metadata"]["name"] == "settings")
     assert settings["DATADOSE_NETWORK"] == "closed"
-    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
-        assert settings[switch] == "1"
-    assert settings["RAY_USAGE_STATS_ENABLED"] == "0"
+    image = dict(re.findall(r"(\w+)=(\S+)", (ROOT / "images" / "Dockerfile").read_text().partition("ENV PATH=")[2]))
+    assert image | OFFLINE == image
+    assert not settings.keys() & OFFLINE.keys()
 
 
 def test_onprem_servers_check_what_they_serve():
