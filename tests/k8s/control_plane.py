@@ -216,7 +216,7 @@ class ControlPlane:
             f"--tls-cert-file={ours.certificate}", f"--tls-private-key-file={ours.key}", f"--token-auth-file={tokens}", "--authorization-mode=RBAC",
             "--service-account-issuer=https://datadose.test", f"--service-account-key-file={ours.account_key}",
             f"--service-account-signing-key-file={ours.account_key}", "--service-cluster-ip-range=10.96.0.0/16", "--endpoint-reconciler-type=none",
-            "--anonymous-auth=true", "--allow-privileged=false", f"--kubelet-certificate-authority={ours.ca}", "--profiling=false", "--v=1",
+            "--anonymous-auth=true", "--disable-admission-plugins=TaintNodesByCondition", "--allow-privileged=false", f"--kubelet-certificate-authority={ours.ca}", "--profiling=false", "--v=1",
         )  # fmt: skip
 
     def start(self) -> None:
@@ -245,7 +245,7 @@ class ControlPlane:
         self._start_kueue()
 
     def close(self) -> None:
-        for name in list(self._processes):
+        for name in reversed(list(self._processes)):
             self.stop(name)
         self.dashboard.close()
 
@@ -274,6 +274,10 @@ class ControlPlane:
             f"--node-port={self.ports['kwok']}", f"--server-address=127.0.0.1:{self.ports['kwok']}", f"--tls-cert-file={ours.certificate}",
             f"--tls-private-key-file={ours.key}", "--node-lease-duration-seconds=40",
         )  # fmt: skip
+        volume = {"capacity": {"storage": "200Gi"}, "accessModes": ["ReadWriteMany"], "hostPath": {"path": "/nowhere"}}
+        self.cluster().request(
+            "POST", "/api/v1/persistentvolumes", body={"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "models"}, "spec": volume}
+        )
         self.add_node("cpu-1", cpu="64", memory="512Gi")
         for index in range(2):
             self.add_node(f"gpu-{index}", cpu="64", memory="1Ti", **{"nvidia.com/gpu": "8"})
@@ -339,7 +343,7 @@ class ControlPlane:
     # ------------------------------------------------------------ waiting
 
     @staticmethod
-    def wait_for(found: Any, what: str, timeout_s: float = 60) -> Any:
+    def wait_for(found: Any, what: str, timeout_s: float = 120) -> Any:
         """What `found` returns once it is true."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:

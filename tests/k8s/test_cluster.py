@@ -44,7 +44,7 @@ def sa_cluster(plane: ControlPlane, laptop: Cluster) -> Cluster:
     return plane.as_account("launcher")
 
 
-def wait_for(plane: ControlPlane, found: Callable[[], Any], what: str, timeout_s: float = 90) -> Any:
+def wait_for(plane: ControlPlane, found: Callable[[], Any], what: str, timeout_s: float = 180) -> Any:
     return plane.wait_for(found, what, timeout_s)
 
 
