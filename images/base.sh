@@ -9,5 +9,5 @@ debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv boo
 rm -rf "$folder"/var/cache/apt/archives/*.deb "$folder"/var/lib/apt/lists/*
 container=$(buildah from scratch)
 buildah add --quiet "$container" "$folder" /
-buildah config --env PATH=/usr/local/bin:/usr/bin:/bin --cmd python3 "$container"
+buildah config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --cmd python3 "$container"
 buildah commit --quiet --rm "$container" "$name"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import urllib3
-from kubernetes import client, config  # type: ignore[import-untyped, unused-ignore]
+from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 
@@ -79,6 +79,8 @@ class Cluster:
         self._api = api
         self.namespace = namespace
         self._outage_s = outage_s
+        self._allowed: set[tuple[str, str]] = set()
+        """Method and path of what has succeeded: an API server that has just started refuses it until it has read its roles."""
 
     # ------------------------------------------------------------ requests
 
@@ -102,10 +104,12 @@ class Cluster:
             try:
                 answer = self._api.call_api(*request, _request_timeout=(5, timeout))
                 if answer.status < 300:
+                    self._allowed.add((method, path))
                     return answer
                 problem = RefusedError(answer.status, _message(answer.read()))
                 # A field that no schema knows is a 500 under server-side apply, and no time mends it.
-                if answer.status not in TRANSIENT or "failed to create typed patch object" in str(problem):
+                forgotten = answer.status == 403 and "cannot" in str(problem) and (method, path) in self._allowed
+                if not forgotten and (answer.status not in TRANSIENT or "failed to create typed patch object" in str(problem)):
                     raise problem
                 wait = max(wait, _seconds(answer.headers.get("Retry-After")))
             except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:

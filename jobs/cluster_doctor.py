@@ -152,7 +152,7 @@ def _admitted(cluster: Cluster, stage: str, item: Object) -> Check:
 
 
 def _inside(cluster: Cluster, plan: Plan, templates: dict[str, Object]) -> Iterator[Check]:
-    images = {}
+    images = dict[str, str]()
     for stage, item in templates.items():
         images.setdefault(next(pod_templates(item))["spec"]["containers"][0]["image"], stage)
     store_image = templates["subset"]["spec"]["template"]["spec"]["containers"][0]["image"]

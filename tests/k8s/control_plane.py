@@ -216,7 +216,8 @@ class ControlPlane:
             f"--tls-cert-file={ours.certificate}", f"--tls-private-key-file={ours.key}", f"--token-auth-file={tokens}", "--authorization-mode=RBAC",
             "--service-account-issuer=https://datadose.test", f"--service-account-key-file={ours.account_key}",
             f"--service-account-signing-key-file={ours.account_key}", "--service-cluster-ip-range=10.96.0.0/16", "--endpoint-reconciler-type=none",
-            "--anonymous-auth=true", "--disable-admission-plugins=TaintNodesByCondition", "--allow-privileged=false", f"--kubelet-certificate-authority={ours.ca}", "--profiling=false", "--v=1",
+            "--disable-admission-plugins=TaintNodesByCondition",  # which the node lifecycle's controller would undo
+            "--anonymous-auth=true", "--allow-privileged=false", f"--kubelet-certificate-authority={ours.ca}", "--profiling=false", "--v=1",
         )  # fmt: skip
 
     def start(self) -> None:

@@ -85,6 +85,12 @@ def test_a_refusal_is_not_asked_again(server: Server, status: int):
     assert caught.value.status == status
 
 
+def test_a_server_that_has_not_read_its_roles_yet_is_outlasted(server: Server):
+    server.script = [FOUND, refusal(403, "User launcher cannot get resource configmaps"), FOUND]
+    cluster = server.cluster(60)
+    assert cluster.get(CONFIGMAP, "settings") == cluster.get(CONFIGMAP, "settings") == FOUND[2]
+
+
 def test_what_is_not_there_is_none(server: Server):
     server.script = [refusal(404, "not found")]
     assert server.cluster(60).get(CONFIGMAP, "settings") is None
