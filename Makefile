@@ -17,7 +17,7 @@ LOCK := images/locks/laptop.txt
 COMPILE = $(UV) pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-index-url -q
 
 help: ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
 
 grid: env ## run a study: make grid STUDY=laptop; on a cluster: make grid STUDY=paper CONTEXT=my-cluster
 	@$(BIN)/datadose $(if $(CONTEXT),submit $(STUDY) --context $(CONTEXT),run $(STUDY))

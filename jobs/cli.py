@@ -205,7 +205,7 @@ def doctor(
     if context is not None:
         from jobs import cluster, cluster_doctor
 
-        checks = cluster_doctor.diagnose(cluster.connect(context), plan_of(study))
+        checks = cluster_doctor.diagnose(cluster.connect(context))
     else:
         from pipeline import preflight
 

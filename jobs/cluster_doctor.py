@@ -15,7 +15,6 @@ from typing import Any
 
 from jobs.cluster import CONFIGMAP, JOB, TEMPLATES, Cluster, RefusedError
 from jobs.manifests import STAGE_LABEL, STUDY_LABEL, Object, pod_templates
-from pipeline.plan import Plan
 from pipeline.preflight import Check
 
 PROBE_S = 180.0
@@ -25,7 +24,7 @@ CRD = ("apiextensions.k8s.io/v1", "CustomResourceDefinition")
 NEEDED_RIGHTS = (("batch", "jobs"), ("ray.io", "rayjobs"), ("", "configmaps"))
 
 
-def diagnose(cluster: Cluster, plan: Plan) -> Iterator[Check]:
+def diagnose(cluster: Cluster) -> Iterator[Check]:
     version = cluster.request("GET", "/version")
     yield Check("API server", True, f"{version['gitVersion']} answers", "")
     yield _kuberay(cluster)
@@ -43,7 +42,7 @@ def diagnose(cluster: Cluster, plan: Plan) -> Iterator[Check]:
     yield from _volumes(cluster)
     for stage, item in templates.items():
         yield _admitted(cluster, stage, item)
-    yield from _inside(cluster, plan, templates)
+    yield from _inside(cluster, templates)
 
 
 def _kuberay(cluster: Cluster) -> Check:
@@ -151,10 +150,8 @@ def _admitted(cluster: Cluster, stage: str, item: Object) -> Check:
     return Check(f"pods of {stage}", True, "are admitted", "")
 
 
-def _inside(cluster: Cluster, plan: Plan, templates: dict[str, Object]) -> Iterator[Check]:
-    images = dict[str, str]()
-    for stage, item in templates.items():
-        images.setdefault(next(pod_templates(item))["spec"]["containers"][0]["image"], stage)
+def _inside(cluster: Cluster, templates: dict[str, Object]) -> Iterator[Check]:
+    images = dict.fromkeys(next(pod_templates(item))["spec"]["containers"][0]["image"] for item in templates.values())
     store_image = templates["subset"]["spec"]["template"]["spec"]["containers"][0]["image"]
     for image in images:
         command = ["python", "-m", "jobs.cli", "doctor", "--store"] if image == store_image else ["python", "-c", "import jobs.cli"]

@@ -392,7 +392,7 @@ def test_doctor_names_what_is_missing(plane: ControlPlane, laptop: Cluster, pods
     data = {f"{stage}.json": json.dumps(item) for stage, item in templates.items()}
     laptop.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "templates", "namespace": "datadose"}, "data": data})
     with quota(plane, laptop, pods="3"):
-        checks = {check.name: check for check in diagnose(laptop, plan_of("laptop"))}
+        checks = {check.name: check for check in diagnose(laptop)}
     assert not checks["GPU nodes"].passed
     assert "9 on one node" in checks["GPU nodes"].found
     assert not checks["quota"].passed
