@@ -198,6 +198,8 @@ class Cluster:
 
     def explain(self, item: Object) -> str:
         """Why a job does not run or has failed, with the event that says so; empty where nothing speaks against waiting on."""
+        if self.state(item).phase in ("running", "succeeded"):
+            return ""
         labels = f"{STUDY_LABEL}={item['metadata']['labels'].get(STUDY_LABEL)},{STAGE_LABEL}={stage_of(item)}"
         pods = self.items(POD, labels)
         events = self._events(item, pods)
@@ -354,9 +356,9 @@ def under_way(cluster: Cluster, plan: Plan) -> list[str]:
     for stage in (DRIVER, *STAGES):
         for kind in (JOB, RAYJOB):
             found = cluster.get(kind, object_name(plan, stage))
-            if found is not None:
+            if found is not None and "ownerReferences" not in found["metadata"]:  # KubeRay's submitter has the name of its RayJob
                 state = cluster.state(found)
-                why = _sentence(state.reason, "" if state.phase in ("succeeded", "running") else cluster.explain(found))
+                why = _sentence(state.reason, cluster.explain(found))
                 lines.append(f"{'launcher' if stage == DRIVER else stage:<11} {state.phase}{': ' + why if why else ''} ({kind[1]} {found['metadata']['name']})")
     return lines
 

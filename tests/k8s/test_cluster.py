@@ -188,6 +188,8 @@ def test_a_whole_study_runs_as_jobs_in_order_and_leaves_no_secret_anywhere(
     status = datadose(plane, "status", "laptop", "--rehearse", "--context", "test")
     assert f"train       {len(plan.stage('train'))}/{len(plan.stage('train'))} steps done" in status.stdout
     assert "launcher    succeeded" in status.stdout
+    assert status.stdout.count("(RayJob ") == len(RAY_STAGES)
+    assert status.stdout.count("(Job ") == 3
     report = datadose(plane, "report", "laptop", "--rehearse", "--context", "test", "--out", str(tmp_path / "report"))
     assert report.returncode == 0, report.stderr
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
@@ -473,7 +475,7 @@ def test_kueue_admits_suspends_preempts_and_resumes(plane: ControlPlane, queue: 
     queue.delete(RAYJOB, object_name(small, "judge"))
     queue.delete(RAYJOB, object_name(small, "generate"))
     wait_for(plane, lambda: workers("train") == 4, "the training, resumed")
-    assert about("train") == ""
+    wait_for(plane, lambda: about("train") == "", "no complaint about the training")
 
 
 # ---------------------------------------------------------------- watches
