@@ -115,6 +115,8 @@ class Record:
     attempt: int
     """How often this question was asked before."""
     key_present: bool
+    text: str
+    """What a well-behaved answer says."""
     tokens: int
     """Of prompt and answer, as usage has them."""
     fault: str | None = None
@@ -341,11 +343,11 @@ class _Server:
 
     def record(self, body: bytes, authorization: str) -> tuple[Record, dict[str, Any]]:
         asked = json.loads(body)
-        question = question_of(asked)
+        question, text = question_of(asked), _content(asked)
         prompt = sum(len(message["content"]) for message in asked["messages"]) // 4 + 1
         record = Record(
             number=len(self.records), at=time.monotonic(), question=question, body_digest=hashlib.sha256(body).hexdigest()[:16], body=body.decode(),
-            attempt=self.attempts[question], key_present=bool(authorization), tokens=prompt + len(_content(asked).split()),
+            attempt=self.attempts[question], key_present=bool(authorization), text=text, tokens=prompt + len(text.split()),
         )  # fmt: skip
         self.attempts[question] += 1
         self.records.append(record)
@@ -463,7 +465,7 @@ class _Server:
         return reply
 
     def _completion(self, record: Record, asked: dict[str, Any]) -> dict[str, Any]:
-        fault, model, text = record.fault, asked["model"], _content(asked)
+        fault, model, text = record.fault, asked["model"], record.text
         words, finish = text.split(), "stop"
         most = asked.get("max_completion_tokens") or asked.get("max_tokens")
         if most is not None and len(words) > most:

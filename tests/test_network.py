@@ -83,13 +83,13 @@ def test_endpoint_of_runtime_and_allowed_hosts_and_networks_are_let_through():
 @pytest.mark.fast
 def test_http_library_of_a_closed_process_is_told_and_not_let_out():
     out = closed("""
-        import asyncio, httpx
+        import aiohttp, asyncio
         async def main():
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with aiohttp.ClientSession() as client:
                 try:
                     await client.get("http://example.invalid/")
-                except httpx.ConnectError as error:
-                    print("DATADOSE_NETWORK=closed" in str(error))
+                except aiohttp.ClientConnectorError as error:
+                    print("DATADOSE_NETWORK=closed" in str(error.os_error))
         asyncio.run(main())
     """)
     assert out.strip() == "True"

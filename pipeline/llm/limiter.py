@@ -99,12 +99,11 @@ def observed(headers: Mapping[str, str], requests_window: str = "minute") -> tup
     `requests_window`: OpenAI's are of a minute, Groq's of a day (each by its documentation of rate limits).
     """
     found: dict[tuple[str, str], dict[str, float | None]] = {}
-    now = server_time(headers)
     for name, value in headers.items():
         if match := _HEADER.fullmatch(name):
             what, resource, window = match[1], "tokens" if match[2] == "tokens" else "requests", match[3]
             window = window or (requests_window if resource == "requests" else "minute")
-            found.setdefault((resource, window), {})[what] = seconds_until(value, now) if what == "reset" else _number(value)
+            found.setdefault((resource, window), {})[what] = seconds_until(value, server_time(headers)) if what == "reset" else _number(value)
     return tuple(Observation(*key, values.get("limit") or None, values.get("remaining"), values.get("reset")) for key, values in found.items())
 
 

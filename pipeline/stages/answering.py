@@ -66,8 +66,13 @@ class Answerer:
         self._plan = make_plan(Study.model_validate_json(study))
         self._store = open_store(self._runtime.store)
         self._asked, self._settled, self._board, self._tally = asked, settled, board, tally
-        model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank, limiter)
-        self._asker = Asker(model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell)
+        self._model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank, limiter)
+        self._asker = Asker(self._model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell)
+
+    def __del__(self) -> None:
+        """Ray Data drops the object when its actor has nothing left to do."""
+        if hasattr(self, "_model"):  # it may not have opened
+            self._model.close()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         keys = [str(key) for key in batch["key"].to_pylist()]
