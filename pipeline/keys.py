@@ -52,11 +52,8 @@ def read_key(model: ModelName, runtime: Runtime) -> Secret | None:
     Raises UserError where a key must be there and is not, or cannot be one; the message never holds it.
     """
     source = key_source(model, runtime)
-    if model.provider != "groq" and runtime.endpoint_key_file is not None:
-        value = _read(runtime.endpoint_key_file)
-    else:
-        value = os.environ.get(source, "")
-    value = value.strip()  # files end in a newline
+    file = runtime.endpoint_key_file if source == KEY_FILE else None
+    value = (_read(file) if file else os.environ.get(source, "")).strip()  # files end in a newline
     if not value and model.provider == "groq":
         raise UserError(f"{GROQ_KEY} is not set, and {model} wants a key; put it into the environment of this process and of its workers")
     if not value:

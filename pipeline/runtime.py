@@ -54,6 +54,10 @@ class Runtime(BaseModel):
     """Longest wait before the second attempt where the endpoint names none; it doubles with each."""
     endpoint_wait_cap_s: PositiveFloat = 120.0
     """Longest wait between two attempts, whatever the endpoint asks for."""
+    endpoint_batch: bool = False
+    """Ask by the endpoint's Batch API: at a lower price, within a day."""
+    endpoint_poll_s: PositiveFloat = 30.0
+    """Between two looks at a batch."""
     network: Literal["open", "closed"] = "open"
     """closed: only loopback, the store, endpoint_url and allowed_hosts can be reached from Python (pipeline.network)."""
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()

@@ -101,9 +101,8 @@ def main() -> None:
         over, peak = server.violations(), server.peak_requests()
     span = records[-1].at - records[0].at
     answered = sum(record.delivered_at is not None for record in records)
-    print(
-        f"{len(records)} requests, {answered} answered in {span:.1f} s: {answered / span:.1f}/s; the server took {1000 * server_s / len(records):.2f} ms of CPU time a request"
-    )
+    print(f"{len(records)} requests, {answered} answered in {span:.1f} s: {answered / span:.1f}/s")
+    print(f"server: {1000 * server_s / len(records):.2f} ms of CPU time a request")
     if limited:
         print(f"{answered / span / (LIMIT / 60):.4f} of the limit; {over} over it; at most {peak} of {LIMIT} in a minute")
     for worker in found:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import json
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,7 +72,7 @@ class AgainError(Exception):
         self.wait_s = wait_s
 
 
-class _FormRefusedError(Exception):
+class FormRefusedError(Exception):
     """The next form may do."""
 
 
@@ -128,11 +129,12 @@ class EndpointModel:
 
     def __init__(self, model: ModelName, runtime: Runtime, limiter: Limiter) -> None:
         self._model, self._runtime, self._limiter = model, runtime, limiter
+        self.name, self.attempts = model.name, runtime.endpoint_attempts
         self._address = address_of(model, runtime)
         if not allowed(model, runtime):
             raise UserError(f"{model} is outside the closed network (DATADOSE_NETWORK=closed); nothing was sent. Add its host to DATADOSE_ALLOWED_HOSTS")
         self._key = read_key(model, runtime)
-        self._form = Form.OPENAI if model.provider == "groq" else Form.VLLM
+        self.form = Form.OPENAI if model.provider == "groq" else Form.VLLM
         self._stopped: str | None = None
         self._answered: dict[int, int] = {}
         """Digest of an answer that has an id -> digest of its question."""
@@ -144,19 +146,19 @@ class EndpointModel:
         """The answer, or a status and a reason after `endpoint_attempts`. Raises EndpointStopped where asking on is no use."""
         if request.adapter or request.prompt_logprobs:
             raise UserError(f"{self._model} is behind an endpoint: adapters and prompt log-probabilities can only be had from a model in process, vllm/...")
-        form, asked, failed = self._form, 0, 0
+        form, asked, failed = self.form, 0, 0
         while True:
             if self._stopped:
                 raise EndpointStopped(self._stopped)
-            form = max(form, self._form)
+            form = max(form, self.form)
             asked += 1
             try:
                 completion = await self._ask(request, form)
-            except _FormRefusedError:
+            except FormRefusedError:
                 form = Form(form + 1)
             except AgainError as again:
                 failed += 1
-                if failed >= self._runtime.endpoint_attempts:
+                if failed >= self.attempts:
                     return Completion("", "error", (), 0, outcome="error", reason=f"{again} (attempt {asked}, the last)", attempts=asked, prompt_count=0)
                 await asyncio.sleep(self._wait_s(again, failed))
             except EndpointStopped as error:
@@ -164,7 +166,7 @@ class EndpointModel:
                 raise
             else:
                 if completion.outcome != "error":
-                    self._form = max(self._form, form)
+                    self.form = max(self.form, form)
                 return replace(completion, attempts=asked)
 
     def close(self) -> None:
@@ -181,7 +183,7 @@ class EndpointModel:
             raise UserError(f"{self._address} cannot be reached ({error}); check the address, and that the server runs") from None
         if reply.status in (401, 403):
             raise UserError(f"{self._address} refuses the key ({reply.status}); {self._key_state()}")
-        body = _loads(reply.body) if reply.status == 200 else None
+        body = loads(reply.body) if reply.status == 200 else None
         listed = body.get("data") if isinstance(body, dict) else None
         return [str(item["id"]) for item in listed if isinstance(item, dict) and "id" in item] if isinstance(listed, list) else None
 
@@ -198,24 +200,18 @@ class EndpointModel:
     # ---------------------------------------------------------------- one attempt
 
     async def _ask(self, request: Request, form: Form) -> Completion:
-        content = json.dumps(_body(self._model.name, request, form)).encode()
         permit = await self._limiter.acquire(_estimate(request))
         report = Report(permit, None)
         try:
-            reply = await self.call("POST", "chat/completions", content)
+            reply = await self.call("POST", "chat/completions", json.dumps(body_of(self.name, request, form)).encode())
             limits = observed(reply.headers, "day" if self._model.provider == "groq" else "minute")
             report = report._replace(observed=limits, tokens=None if reply.status == 200 else 0)
             if reply.status == 429:
                 report = report._replace(refused=True, pause_s=min(asked_wait(reply.headers, limits) or 0.0, self._runtime.endpoint_wait_cap_s))
-            if reply.status != 200:
-                return self._explain(reply.status, _loads(reply.body), reply, request, form)
-            try:
-                answer = _Answer.model_validate_json(reply.body)
-            except ValidationError:
-                raise AgainError("the answer is not the JSON of a chat completion") from None
-            if answer.usage and answer.usage.prompt_tokens is not None:
-                report = report._replace(tokens=answer.usage.prompt_tokens + (answer.usage.completion_tokens or 0))
-            return self._read(answer, reply, request, form, hash(content))
+            completion = self.read(reply, request, form)
+            if reply.status == 200:
+                report = report._replace(tokens=completion.prompt_tokens + completion.completion_tokens or None)
+            return completion
         finally:
             self._limiter.report(report)
 
@@ -242,6 +238,32 @@ class EndpointModel:
             return Reply(response.status, headers, body, first_byte_s, time.monotonic() - started)
         raise AgainError(failure)  # outside of `except`: what the library raised holds the headers that were sent
 
+    async def insist(self, method: str, path: str, content: Callable[[], bytes | aiohttp.FormData] | None = None) -> Reply:
+        """A call that may be made again until its answer is no passing fault. Raises EndpointStopped where it stays one, or the key is refused."""
+        for failed in itertools.count(1):
+            try:
+                reply = await self.call(method, path, content() if content else None)
+                if reply.status not in RETRIED:
+                    break
+                again = AgainError(self.told(reply), asked_wait(reply.headers, observed(reply.headers)))
+            except AgainError as error:
+                again = error
+            if failed >= self.attempts:
+                raise EndpointStopped(f"{self._address}/{path}: {again} (attempt {failed}, the last); run again later, what came back stays")
+            await asyncio.sleep(self._wait_s(again, failed))
+        if reply.status in (401, 403):
+            raise EndpointStopped(f"{self._address} refuses the key ({self.told(reply)}); {self._key_state()}")
+        return reply
+
+    def told(self, reply: Reply) -> str:
+        """Status and message of an error."""
+        body = loads(reply.body)
+        error = body.get("error", body) if isinstance(body, dict) else body
+        return self._said(f"{reply.status} {error.get('message', error) if isinstance(error, dict) else error or ''}")
+
+    def stop(self, why: str) -> EndpointStopped:
+        return EndpointStopped(f"{self._address}: {self._said(why)}")
+
     async def _open(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
         if self._session is None or loop is not self._loop:
@@ -267,11 +289,18 @@ class EndpointModel:
 
     # ---------------------------------------------------------------- what came back
 
-    def _read(self, answer: _Answer, reply: Reply, request: Request, form: Form, question: int) -> Completion:
+    def read(self, reply: Reply, request: Request, form: Form) -> Completion:
+        """What a whole response says. Raises AgainError, FormRefusedError, EndpointStopped."""
+        if reply.status != 200:
+            return self._explain(reply.status, loads(reply.body), reply, request, form)
+        try:
+            answer = _Answer.model_validate_json(reply.body)
+        except ValidationError:
+            raise AgainError("the answer is not the JSON of a chat completion") from None
         if answer.error:
             code = answer.error.get("code") if isinstance(answer.error, dict) else None
             return self._explain(code if isinstance(code, int) and 400 <= code < 600 else 200, {"error": answer.error}, reply, request, form)
-        if answer.id and self._first_question(hash((str(answer.id), reply.body)), question) != question:
+        if answer.id and not self._first_time(hash((str(answer.id), reply.body)), hash((json.dumps(request.conversation), request.seed))):
             raise AgainError("the answer to another question was delivered again")
         usage = answer.usage or _Usage()
         found = Completion(
@@ -305,18 +334,18 @@ class EndpointModel:
     def _chosen(self, found: Completion, choices: tuple[str, ...], form: Form) -> Completion:
         """The choice itself. What is none shows that the form is not honoured; in words alone, the protocol's parse decides."""
         text = found.text
-        if form == Form.OPENAI and isinstance(inner := _loads(text.encode()), dict):
+        if form == Form.OPENAI and isinstance(inner := loads(text.encode()), dict):
             text = str(inner.get("choice", text))
         if text not in choices and form < Form.PLAIN:
-            raise _FormRefusedError
+            raise FormRefusedError
         return replace(found, text=text)
 
-    def _first_question(self, answer: int, question: int) -> int:
-        """The question that this answer was given to first."""
+    def _first_time(self, answer: int, question: int) -> bool:
+        """Whether no other question got this answer before."""
         first = self._answered.setdefault(answer, question)
         if len(self._answered) > REMEMBERED:
             del self._answered[next(iter(self._answered))]
-        return first
+        return first == question
 
     def _explain(self, status: int, body: Any, reply: Reply, request: Request, form: Form) -> Completion:
         """What an error means: for this row (returned), for this attempt (AgainError), for all rows (EndpointStopped)."""
@@ -332,7 +361,7 @@ class EndpointModel:
         if status == 402 or "insufficient_quota" in kind:
             raise EndpointStopped(f"the account at {self._address} is used up ({told}); fill it up and run again: what came back stays")
         if status in (400, 422) and any(name in f"{kind} {message}" for name in _given_up_after(form, request)):
-            raise _FormRefusedError
+            raise FormRefusedError
         if status in RETRIED or (status == 200 and _PASSING.search(f"{kind} {message}")):
             wait_s = asked_wait(reply.headers, observed(reply.headers)) if status != 200 else None
             if wait_s is not None and wait_s > LONGEST_WAIT_S:
@@ -353,7 +382,7 @@ class EndpointModel:
 # ---------------------------------------------------------------- what is sent
 
 
-def _body(model: str, request: Request, form: Form) -> dict[str, Any]:
+def body_of(model: str, request: Request, form: Form) -> dict[str, Any]:
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model, "messages": request.conversation, "temperature": sampling.temperature, "top_p": sampling.top_p,
@@ -386,7 +415,8 @@ def _estimate(request: Request) -> int:
     return round(prompt) + request.sampling.max_tokens
 
 
-def _loads(data: bytes) -> Any:
+def loads(data: bytes) -> Any:
+    """None where it is no JSON."""
     try:
         return json.loads(data)
     except ValueError:

@@ -24,6 +24,7 @@ from pipeline.journal import Journal
 from pipeline.ledger import spent
 from pipeline.llm import Completion, Request, engine_environment, open_model
 from pipeline.llm.asking import Answered, Asker, still_known
+from pipeline.llm.batches import batches_for
 from pipeline.llm.limiter import Limiter, limiter_for
 from pipeline.plan import Plan, asked_model, make_plan
 from pipeline.runtime import Runtime
@@ -67,7 +68,9 @@ class Answerer:
         self._store = open_store(self._runtime.store)
         self._asked, self._settled, self._board, self._tally = asked, settled, board, tally
         self._model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank, limiter)
-        self._asker = Asker(self._model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell)
+        self._asker = Asker(
+            self._model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell, batches_for(self._model, self._runtime)
+        )
 
     def __del__(self) -> None:
         """Ray Data drops the object when its actor has nothing left to do."""
