@@ -95,7 +95,7 @@ def main() -> None:
     limited = given.what == "limited"
     settings = {"latency_s": 0.2, "requests_per_minute": LIMIT} if limited else {"latency_s": 0.001}
     with EndpointServer(**settings) as server, tempfile.TemporaryDirectory() as store:
-        found = run(server, given.seconds, given.in_flight or (64 if limited else 32), given.actors, store)
+        found = run(server, given.seconds, given.in_flight or (256 if limited else 32), given.actors, store)
         server_s = sum(psutil.Process(server.pid).cpu_times()[:2])
         records = server.requests
         over, peak = server.violations(), server.peak_requests()

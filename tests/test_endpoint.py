@@ -207,7 +207,7 @@ def test_key_is_sent_and_seen_nowhere_else(caplog: pytest.LogCaptureFixture, cap
         opened = open_model("openai-compatible/small", runtime(server), "float32")
         answers = [asyncio.run(opened.complete(request(seed=seed))) for seed in range(3)]
         server.configure(key="another")
-        with pytest.raises(EndpointStopped) as stopped:
+        with pytest.raises(EndpointStopped, match="OPENAI_API_KEY holds a wrong one") as stopped:
             asyncio.run(opened.complete(request(seed=9)))
         assert server.requests[0].key_present
     assert "***" in str(answers[0].reason)  # the server repeats what it was sent
@@ -233,6 +233,9 @@ def test_key_that_is_missing_or_cannot_be_one_raises_user_error_without_it(tmp_p
         read_key(ModelName.parse("groq/any"), runtime())
     with pytest.raises(UserError, match="cannot be read"):
         read_key(ModelName.parse("openai-compatible/any"), runtime(endpoint_key_file=tmp_path / "none"))
+    with pytest.raises(UserError, match="DATADOSE_ENDPOINT_KEY_FILE") as pasted:
+        read_key(ModelName.parse("openai-compatible/any"), runtime(endpoint_key_file=CANARY))
+    assert CANARY not in str(pasted.value)
     monkeypatch.setenv("OPENAI_API_KEY", f"{CANARY}\n{CANARY}")
     with pytest.raises(UserError, match="without a space") as error:
         read_key(ModelName.parse("openai-compatible/any"), runtime())

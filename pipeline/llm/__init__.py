@@ -62,7 +62,7 @@ class Completion:
     """Times that it was asked for."""
     first_byte_s: float | None = None
     total_s: float | None = None
-    """From the first byte of the last attempt sent to the first and to the last byte received."""
+    """From the start of the last attempt to the first and to the last byte received; None in process and by batch."""
     prompt_count: int | None = None
     """Tokens of the prompt, where prompt_ids are not known."""
 

@@ -51,7 +51,7 @@ class Asker:
         self.paid = ModelName.parse(name).behind_endpoint
         self._slots = asyncio.Semaphore(in_flight) if self.paid else contextlib.nullcontext()
         self._clock = _Clock()
-        self._batches, self._first, self._tried, self._promised = batches, asyncio.Lock(), False, 0
+        self._batches, self._first, self._tried = batches, asyncio.Lock(), False
         self._used, self._untold, self._done = Usage(), Usage(), 0
         self._told_at, self._telling = 0.0, asyncio.Lock()
         self._stop: str | None = None
@@ -68,7 +68,7 @@ class Asker:
         if self._batches is None or journal is None:
             results = await asyncio.gather(*(self._ask(requests[index], keys[index], journal) for index in missing), return_exceptions=True)
         else:
-            results = await self._ask_by_batches({keys[index]: requests[index] for index in missing}, journal)
+            results = await self._ask_by_batches(self._batches, {keys[index]: requests[index] for index in missing}, journal)
         await self._tell()
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
@@ -93,23 +93,22 @@ class Asker:
                 raise
             finally:
                 seconds = self._clock.leave(entered)
-            if self.paid:
-                usage = usage_of([completion])
-                self._used, self._untold = self._used + usage, self._untold + usage
-        self._done += 1
-        if time.monotonic() - self._told_at > TELL_EVERY_S:
-            await self._tell()
+        await self._count(completion)
         return completion, seconds
 
-    async def _ask_by_batches(self, asked: dict[str, Request], journal: Journal) -> list[tuple[Completion, float] | BaseException]:
-        assert self._batches is not None
+    async def _ask_by_batches(self, batches: Batches, asked: dict[str, Request], journal: Journal) -> list[tuple[Completion, float] | BaseException]:
         first: list[tuple[Completion, float]] = []
 
         async def keep(key: str, completion: Completion) -> None:
             await self._keep(journal, key, completion)
-            usage = usage_of([completion])
-            self._used, self._untold, self._done = self._used + usage, self._untold + usage, self._done + 1
-            self._promised = max(0, self._promised - completion.attempts)
+            await self._count(completion)
+
+        async def may_send() -> None:
+            await self._tell()
+            if self._stop is None:
+                self._stop = reached(self._study, added(self._spent, self._name, self._used), batches.under_way - 1)
+            if self._stop is not None:
+                raise EndpointStopped(self._stop)
 
         entered = self._clock.enter()
         try:
@@ -119,7 +118,7 @@ class Asker:
                     first.append(await self._ask(asked[key], key, journal))
                     self._tried = True
             rest = dict(itertools.islice(asked.items(), len(first), None))
-            answers = await self._batches.ask(rest, journal, keep, self._go_on)
+            answers = await batches.ask(rest, journal, keep, may_send)
         except Exception as error:  # noqa: BLE001  # as from `gather`
             if isinstance(error, EndpointStopped):
                 self._stop = self._stop or str(error)
@@ -128,20 +127,19 @@ class Asker:
             seconds = self._clock.leave(entered)
         return [*first, *((answers[key], seconds / len(rest)) for key in rest)]
 
-    async def _go_on(self, more: int) -> None:
-        """Raises EndpointStopped where the stage has to stop, or the budget has no room for so many more requests."""
-        await self._tell()
-        if self._stop is None and more:
-            self._stop = reached(self._study, added(self._spent, self._name, self._used), self._promised + more - 1)
-        if self._stop is not None:
-            raise EndpointStopped(self._stop)
-        self._promised += more
-
     async def _keep(self, journal: Journal, key: str, completion: Completion) -> None:
         try:
             await journal.put(key, completion)
         except Exception as error:
             raise EndpointStopped(f"an answer came and could not be kept, so nothing more is asked: {error}") from error
+
+    async def _count(self, completion: Completion) -> None:
+        if self.paid:
+            usage = usage_of([completion])
+            self._used, self._untold = self._used + usage, self._untold + usage
+        self._done += 1
+        if time.monotonic() - self._told_at > TELL_EVERY_S:
+            await self._tell()
 
     async def _tell(self) -> None:
         async with self._telling:

@@ -48,26 +48,22 @@ class Batches:
     def __init__(self, model: EndpointModel, poll_s: float) -> None:
         self._model, self._poll_s = model, poll_s
         self._calls = asyncio.Semaphore(CALLS)
+        self.under_way = 0
+        """Questions that this worker has put into batches, or is about to, and has no answers to yet."""
 
     async def ask(
-        self, asked: Mapping[str, Request], journal: Journal, keep: Callable[[str, Completion], Awaitable[None]], go_on: Callable[[int], Awaitable[None]]
+        self, asked: Mapping[str, Request], journal: Journal, keep: Callable[[str, Completion], Awaitable[None]], may_send: Callable[[], Awaitable[None]]
     ) -> dict[str, Completion]:
         """An answer for each key of `asked`, out of batches of runs before this one where they have it.
 
-        keep: told of each answer, returns when it is in the store. go_on: called before so many questions are sent, and with 0
-        at times while waiting; raises EndpointStopped if the stage has to stop, and the batches go on without us.
+        keep: told of each answer, returns when it is in the store. may_send: called before a batch is made, with its questions
+        in `under_way`; raises EndpointStopped where the stage has to stop.
         """
         answers: dict[str, Completion] = {}
         reasons: dict[str, str] = {}
 
         async def collect(batch: Batch, attempt: int) -> None:
-            open_keys = {key: asked[key] for key in batch.keys if key in asked and key not in answers}
-            try:
-                found, failed, stopped = await self._outcome(batch, open_keys, go_on)
-            except (AgainError, EndpointStopped) as error:
-                if isinstance(error, AgainError | _NotTaken):
-                    await asyncio.to_thread(journal.note, replace(batch, ended=True))
-                raise
+            found, failed, stopped = await self._outcome(batch, {key: asked[key] for key in batch.keys if key in asked and key not in answers}, journal)
             found = {key: replace(completion, attempts=attempt, first_byte_s=None, total_s=None) for key, completion in found.items()}
             await asyncio.gather(*itertools.starmap(keep, found.items()))
             await asyncio.to_thread(journal.note, replace(batch, ended=True))
@@ -82,14 +78,17 @@ class Batches:
                     await collect(batch if batch.id else await self._start(batch, journal, perhaps_started=True), 1)
         attempt, refused_since = 1, time.monotonic()
         while (missing := {key: request for key, request in asked.items() if key not in answers}) and attempt <= ROUNDS:
-            await go_on(len(missing))
+            self.under_way += len(missing)
             try:
+                await may_send()
                 await collect(await self._submit(missing, journal), attempt)
                 attempt, refused_since = attempt + 1, time.monotonic()
             except AgainError as error:
                 if time.monotonic() - refused_since > PATIENCE_S:
                     raise self._model.stop(f"takes no batch: {error}") from None
                 await asyncio.sleep(self._poll_s)
+            finally:
+                self.under_way -= len(missing)
         lost = {
             key: Completion(
                 "", "error", (), 0, outcome="error", reason=f"{reasons.get(key, 'no answer')} (batch {ROUNDS}, the last)", attempts=ROUNDS, prompt_count=0
@@ -116,7 +115,7 @@ class Batches:
             return data
 
         async with self._calls:
-            file = self._object(await self._model.insist("POST", "files", upload), "a file")
+            file = self._object(await self._model.insist("POST", "files", upload), "id")
         batch = Batch(str(file["id"]), list(asked), form)
         await asyncio.to_thread(journal.note, batch)
         return await self._start(batch, journal)
@@ -134,7 +133,7 @@ class Batches:
                     async with self._calls:
                         reply = await self._model.call("POST", "batches", body)
                     if reply.status not in RETRIED:
-                        found = str(self._object(reply, "a batch")["id"])
+                        found = str(self._object(reply, "id")["id"])
                     why = self._model.told(reply)
                 except AgainError as error:
                     why = str(error)
@@ -151,8 +150,8 @@ class Batches:
         """The batch of this file among all that the endpoint has, the newest first."""
         after = ""
         while True:
-            listed = self._object(await self._get(f"batches?limit={PAGE}{after}"), "a list of batches")
-            items = [item for item in listed.get("data") or [] if isinstance(item, dict) and "id" in item]
+            listed = self._object(await self._get(f"batches?limit={PAGE}{after}"), "data")
+            items = [item for item in listed["data"] if isinstance(item, dict) and "id" in item]
             for item in items:
                 if item.get("input_file_id") == batch.file:
                     return str(item["id"])
@@ -163,19 +162,22 @@ class Batches:
     # ---------------------------------------------------------------- out of a batch
 
     async def _outcome(
-        self, batch: Batch, asked: Mapping[str, Request], go_on: Callable[[int], Awaitable[None]]
+        self, batch: Batch, asked: Mapping[str, Request], journal: Journal
     ) -> tuple[dict[str, Completion], dict[str, str], EndpointStopped | None]:
-        """Answers, reasons why others got none, and why to stop if a line says so. Raises AgainError where the whole batch was refused for now."""
+        """Once it has ended: answers, reasons why others got none, and why to stop if a line says so.
+
+        Raises AgainError where the whole batch was refused for now, EndpointStopped where for good.
+        """
         while True:
             reply = await self._get(f"batches/{quote(str(batch.id))}")
             if reply.status == 404:
                 return {}, dict.fromkeys(asked, "the endpoint knows its batch no more"), None
-            state = self._object(reply, "a batch")
-            if state.get("status") in _ENDED:
+            state = self._object(reply, "status")
+            if state["status"] in _ENDED:
                 break
-            await go_on(0)
             await asyncio.sleep(self._poll_s)
         if state["status"] == "failed":
+            await asyncio.to_thread(journal.note, replace(batch, ended=True))  # nothing of it was asked
             return self._refused(batch, asked, state), {}, None
         answers: dict[str, Completion] = {}
         reasons = dict.fromkeys(asked, f"its batch ended ({state['status']}) without an answer to it")
@@ -206,9 +208,7 @@ class Batches:
             raise AgainError(told)
         lines = {error["line"] - 1: f"{error.get('code')} {error.get('message')}" for error in errors if isinstance(error.get("line"), int)}
         if not lines or len(lines) < len(errors):
-            raise _NotTaken(
-                str(self._model.stop(f"did not take a batch of {len(batch.keys)} questions ({told or 'it does not say why'}); mend that and run again"))
-            )
+            raise self._model.stop(f"did not take a batch of {len(batch.keys)} questions ({told or 'it does not say why'}); mend that and run again")
         bad = {key: lines[place] for place, key in enumerate(batch.keys) if place in lines and key in asked}
         return {key: Completion("", "error", (), 0, outcome="error", reason=reason, prompt_count=0) for key, reason in bad.items()}
 
@@ -226,16 +226,12 @@ class Batches:
         async with self._calls:
             return await self._model.insist("GET", path)
 
-    def _object(self, reply: Reply, what: str) -> dict[str, Any]:
+    def _object(self, reply: Reply, field: str) -> dict[str, Any]:
         found = loads(reply.body)
-        if reply.status in (200, 201) and isinstance(found, dict):
+        if reply.status in (200, 201) and isinstance(found, dict) and field in found:
             return found
         hint = "; where it has no Batch API, unset DATADOSE_ENDPOINT_BATCH" if reply.status in (404, 405, 501) else ""
-        raise self._model.stop(f"wanted {what}, got {self._model.told(reply)}{hint}")
-
-
-class _NotTaken(EndpointStopped):
-    """The endpoint refused the batch for good: once the cause is mended a new one is made."""
+        raise self._model.stop(f"wanted an object of its Batch API with {field!r}, got {self._model.told(reply)}{hint}")
 
 
 def batches_for(model: LanguageModel, runtime: Runtime) -> Batches | None:

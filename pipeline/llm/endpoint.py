@@ -2,7 +2,8 @@
 
 A row that fails for good is a Completion with its status and its reason; what would fail for every row (key refused,
 model gone, quota used up) raises EndpointStopped, for the requests under way too. No key and no exception of the HTTP
-library gets out of this module. Answers are not streamed.
+library gets out of this module. Answers are not streamed: the first byte that is timed is that of the response's head,
+which an endpoint sends once the answer is whole, or when it begins to send it.
 
 A fixed choice is asked for in the form that the endpoint honours, found by trying and remembered: vLLM's
 `structured_outputs` first, then `response_format` with a JSON schema, else in words alone. A form is given up when the
@@ -257,9 +258,7 @@ class EndpointModel:
 
     def told(self, reply: Reply) -> str:
         """Status and message of an error."""
-        body = loads(reply.body)
-        error = body.get("error", body) if isinstance(body, dict) else body
-        return self._said(f"{reply.status} {error.get('message', error) if isinstance(error, dict) else error or ''}")
+        return self._said(f"{reply.status} {_error_in(loads(reply.body))[1]}")
 
     def stop(self, why: str) -> EndpointStopped:
         return EndpointStopped(f"{self._address}: {self._said(why)}")
@@ -349,10 +348,7 @@ class EndpointModel:
 
     def _explain(self, status: int, body: Any, reply: Reply, request: Request, form: Form) -> Completion:
         """What an error means: for this row (returned), for this attempt (AgainError), for all rows (EndpointStopped)."""
-        error = body.get("error", body) if isinstance(body, dict) else body
-        details = error if isinstance(error, dict) else {"message": error}
-        kind = f"{details.get('code')} {details.get('type')}"
-        message = str(details.get("message") or details.get("detail") or error or "")
+        kind, message = _error_in(body)
         told = self._said(f"{status} {message}")
         if status in (401, 403) or "invalid_api_key" in kind:
             raise EndpointStopped(f"{self._address} refuses the key ({told}); {self._key_state()}, or one that may not use {self._model.name}")
@@ -413,6 +409,13 @@ def _estimate(request: Request) -> int:
     """Tokens of the prompt and of the longest answer: rather too many, corrected when the answer tells."""
     prompt = sum(len(message["content"]) / CHARS_PER_TOKEN + TEMPLATE_TOKENS for message in request.conversation)
     return round(prompt) + request.sampling.max_tokens
+
+
+def _error_in(body: Any) -> tuple[str, str]:
+    """Code with type, and message, of an error in any of the forms that endpoints give it."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    details = error if isinstance(error, dict) else {"message": error}
+    return f"{details.get('code')} {details.get('type')}", str(details.get("message") or details.get("detail") or error or "")
 
 
 def loads(data: bytes) -> Any:
