@@ -39,7 +39,7 @@ PATIENCE_S = 48 * 3600.0
 PAGE = 100
 
 _ENDED = {"completed", "failed", "expired", "cancelled"}
-_FULL = re.compile(r"limit|quota|capacity|too many", re.IGNORECASE)
+_FULL = re.compile(r"token_limit|enqueued|queue|rate.?limit|capacity|too many", re.IGNORECASE)
 
 
 class Batches:
