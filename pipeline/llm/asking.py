@@ -110,7 +110,6 @@ class Asker:
             if self._stop is not None:
                 raise EndpointStopped(self._stop)
 
-        entered = self._clock.enter()
         try:
             async with self._first:
                 if asked and not self._tried and not await asyncio.to_thread(journal.batches):
@@ -118,13 +117,15 @@ class Asker:
                     first.append(await self._ask(asked[key], key, journal))
                     self._tried = True
             rest = dict(itertools.islice(asked.items(), len(first), None))
-            answers = await batches.ask(rest, journal, keep, may_send)
+            entered = self._clock.enter()
+            try:
+                answers = await batches.ask(rest, journal, keep, may_send)
+            finally:
+                seconds = self._clock.leave(entered)
         except Exception as error:  # noqa: BLE001  # as from `gather`
             if isinstance(error, EndpointStopped):
                 self._stop = self._stop or str(error)
             return [error]
-        finally:
-            seconds = self._clock.leave(entered)
         return [*first, *((answers[key], seconds / len(rest)) for key in rest)]
 
     async def _keep(self, journal: Journal, key: str, completion: Completion) -> None:

@@ -123,31 +123,29 @@ class Batches:
     async def _start(self, batch: Batch, journal: Journal, perhaps_started: bool = False) -> Batch:
         """Make a batch of its file, unless it is one already, which cannot be known after a kill or a call without an answer."""
         body = json.dumps({"input_file_id": batch.file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}).encode()
-        found: str | None = None
-        for failed in itertools.count(1):
-            if perhaps_started:
-                await asyncio.sleep(self._poll_s)  # time for a call that is still on its way there
-                found = await self._find(batch)
-            if found is None:
-                try:
-                    async with self._calls:
-                        reply = await self._model.call("POST", "batches", body)
-                    if reply.status not in RETRIED:
-                        found = str(self._object(reply, "id")["id"])
-                    why = self._model.told(reply)
-                except AgainError as error:
-                    why = str(error)
-            if found is not None:
-                batch = replace(batch, id=found)
-                await asyncio.to_thread(journal.note, batch)
-                return batch
+        found = await self._find(batch) if perhaps_started else None
+        failed = 0
+        while found is None:
+            try:
+                async with self._calls:
+                    reply = await self._model.call("POST", "batches", body)
+                if reply.status not in RETRIED:
+                    found = str(self._object(reply, "id")["id"])
+                    break
+                why = self._model.told(reply)
+            except AgainError as error:
+                why = str(error)
+            failed += 1
             if failed >= self._model.attempts:
                 raise self._model.stop(f"takes no batch: {why} (attempt {failed}, the last); run again later, what came back stays")
-            perhaps_started = True
-        raise AssertionError("unreachable")
+            found = await self._find(batch)
+        batch = replace(batch, id=found)
+        await asyncio.to_thread(journal.note, batch)
+        return batch
 
     async def _find(self, batch: Batch) -> str | None:
         """The batch of this file among all that the endpoint has, the newest first."""
+        await asyncio.sleep(self._poll_s)  # a call may still be on its way there
         after = ""
         while True:
             listed = self._object(await self._get(f"batches?limit={PAGE}{after}"), "data")
