@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help grid plan doctor test test-fast check format locks env clean clean-env
+.PHONY: help grid plan doctor test test-long test-fast check format locks env clean clean-env
 
 STUDY ?= laptop
 PYTHON ?= python3
@@ -25,8 +25,11 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY)
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m real
+
+test-long: env ## 17,600 rows behind an endpoint, killed five times: minutes
+	RAY_ADDRESS= $(BIN)/python -m pytest -m long
 
 test-fast: env ## the tests of the pure core: under a minute
 	$(BIN)/python -m pytest -m fast -n 2

@@ -112,7 +112,7 @@ def test_rows_in_bad_weather_and_after_kills_are_all_ok_or_quarantined_with_a_re
         settings = setting(server) | {"DATADOSE_REQUESTS_IN_FLIGHT": str(in_flight), "DATADOSE_ENDPOINT_TIMEOUT_S": "5"}
         for count in sorted(dice.sample(range(100, rows), kills)):
             process = start(*arguments, store=store, **settings)
-            server.wait_for(count, timeout_s=300)
+            server.wait_for(count, timeout_s=600)
             killed(process)
         run = datadose(*arguments, store=store, **settings)
         assert run.returncode == 0, run.stderr
