@@ -142,6 +142,7 @@ class EndpointModel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession | None = None
         self._lifetime: AsyncGenerator[aiohttp.ClientSession] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def complete(self, request: Request) -> Completion:
         """The answer, or a status and a reason after `endpoint_attempts`. Raises EndpointStopped where asking on is no use."""
@@ -173,7 +174,15 @@ class EndpointModel:
     def close(self) -> None:
         """Close the connections, from any thread; the end of the event loop closes them too. Who asks again opens new ones."""
         lifetime, self._lifetime, self._session = self._lifetime, None, None
-        if lifetime and self._loop and self._loop.is_running():
+        if lifetime is None or self._loop is None or not self._loop.is_running():
+            return
+        try:
+            inside = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            inside = False
+        if inside:
+            self._closing = self._loop.create_task(_shut(lifetime))
+        else:
             asyncio.run_coroutine_threadsafe(_shut(lifetime), self._loop)
 
     async def list_models(self) -> list[str] | None:
