@@ -36,7 +36,7 @@ class Runtime(BaseModel):
     """Workers that train cells in parallel."""
     requests_in_flight: PositiveInt = 256
     """Requests that one engine works on at once."""
-    kv_cache_gib: PositiveFloat = 3.0
+    kv_cache_gib: PositiveFloat = 2.0
     """Memory for keys and values of an engine on a CPU."""
     memory_gib: PositiveFloat = 6.0
     """What a study needs at its peak; checked before the start."""

@@ -109,7 +109,7 @@ def open_model(name: str, runtime: Runtime, precision: str, adapters: int = 0, r
 
 def engine_environment(name: str, runtime: Runtime) -> Mapping[str, str]:
     """What the process that opens this model must have in its environment from its first instruction on."""
-    if ModelName.parse(name).provider != "vllm" or runtime.gpus_per_worker:
+    if not ModelName.parse(name).has_engine or runtime.gpus_per_worker:
         return {}
     from pipeline.cpu import preload_environment
 

@@ -37,7 +37,7 @@ def build(context: Context, steps: Steps) -> Failed:
     from pipeline.cpu import preload_environment
 
     workers = min(runtime.train_workers, len(steps))
-    environment = worker_environment({} if runtime.gpus_per_worker else preload_environment(), runtime, workers)
+    environment = worker_environment({} if runtime.gpus_per_worker else preload_environment(), workers)
     resources = {"CPU": 1.0} | ({"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else {})
     total = sum(step.config["steps"] for step in steps)
     with board(context, "train", total, "steps") as counts, tempfile.TemporaryDirectory() as scratch:
