@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from pipeline.artifacts import Step, Store, commit, done_keys, open_store, read_table
+from pipeline.artifacts import NotFoundError, Step, Store, commit, done_keys, open_store, read_table
 from pipeline.errors import UserError
 from pipeline.plan import Plan, make_plan
 from pipeline.runtime import Runtime
@@ -22,7 +25,7 @@ from pipeline.stages import Context, Failed, Steps
 from pipeline.stages.subset import good_rows
 from pipeline.stages.workers import board, ensure_ray, root_cause, worker_environment
 from pipeline.study import Study
-from pipeline.training import Trainer, TrainingRow, open_trainer
+from pipeline.training import CellWork, Trained, Trainer, TrainingRow, Watch, open_trainer
 
 RESTARTS = 2
 """How often Ray Train starts its workers anew when one of them dies; committed cells are not trained again."""
@@ -82,36 +85,105 @@ def _train_share(config: dict[str, Any]) -> None:
     plan = make_plan(Study.model_validate_json(config["study"]))
     store = open_store(runtime.store)
     mine = [key for key in config["shares"][ray.train.get_context().get_world_rank()] if key not in done_keys(store)]
-    if not mine:
-        return
-    trainer = open_trainer(plan.study, runtime)
-    for key in mine:
-        try:
-            train_cell(plan, plan.by_key[key], store, trainer, config["board"], runtime.gpus_per_worker)
-        except Exception as error:  # whatever it is fails this cell alone, and is told
-            logging.getLogger(__name__).exception("%s failed", key)
-            ray.get(config["board"].fail.remote(key, f"{type(error).__name__}: {error}"))
+    if mine:
+        train_cells(plan, mine, store, open_trainer(plan.study, runtime), config["board"], runtime)
 
 
-def train_cell(plan: Plan, step: Step, store: Store, trainer: Trainer, board: Any, gpus: float) -> None:
-    started, rows = time.monotonic(), []
+def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer, board: Any, runtime: Runtime) -> None:
+    """Train and commit the cells of these steps. One that fails is told to the board."""
+
+    def failed(key: str, error: Exception) -> None:
+        logging.getLogger(__name__).error("%s failed", key, exc_info=error)
+        ray.get(board.fail.remote(key, f"{type(error).__name__}: {error}"))
+
+    def cells(folder: Path) -> Iterator[CellWork]:
+        for index, key in enumerate(keys):
+            try:
+                work = cell_work(store, plan.by_key[key], folder / str(index))
+            except Exception as error:  # noqa: BLE001  # whatever it is fails this cell alone, and is told
+                failed(key, error)
+            else:
+                yield work
+
+    with tempfile.TemporaryDirectory() as scratch:
+        watch = StoredWatch(store, board, runtime, trainer.name)
+        for work, outcome in trainer.run(cells(Path(scratch)), watch):
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                commit_cell(store, plan.by_key[work.key], work, outcome, trainer.name, runtime.gpus_per_worker)
+            except Exception as error:  # noqa: BLE001  # as above
+                failed(work.key, error)
+            else:
+                watch.discard(work.key)
+                board.finish.remote(work.key)
+            shutil.rmtree(work.folder)
+
+
+def cell_work(store: Store, step: Step, folder: Path) -> CellWork:
+    rows = []
     if step.config["steps"]:
         table = read_table(store, step.inputs[0], "subset.parquet")
         rows = [TrainingRow(row["row_id"], json.loads(row["conversation"]), row["answer"]) for row in table.to_pylist()]
-    heldout = heldout_rows(store, step)
-    with tempfile.TemporaryDirectory() as scratch:
-        made = trainer.run(rows, step.config["steps"], step.config["seed"], heldout, Path(scratch), lambda: board.add.remote(1))
-        objects: dict[str, bytes | Path | pa.Table] = {
-            f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")
-        }
-        objects |= {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
-        seconds = time.monotonic() - started  # reading, training and the held-out loss
-        facts = {
-            "trainer": type(trainer).__name__, "rows": len(rows), "cut_rows": made.cut_rows,
-            "tokens": sum(row["tokens"] for row in made.log), "seconds": seconds, "gpu_seconds": gpus * seconds if gpus else None,
-        }  # fmt: skip
-        commit(store, step, objects, facts)
-        board.finish.remote(step.key)
+    folder.mkdir()
+    return CellWork(step.key, rows, step.config["steps"], step.config["seed"], heldout_rows(store, step), folder)
+
+
+def commit_cell(store: Store, step: Step, work: CellWork, made: Trained, trainer: str, gpus: float) -> None:
+    objects: dict[str, bytes | Path | pa.Table] = {
+        f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")
+    }
+    objects |= {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
+    facts = {
+        "trainer": trainer, "rows": len(work.rows), "cut_rows": made.cut_rows, "tokens": sum(row["tokens"] for row in made.log),
+        "seconds": made.seconds, "gpu_seconds": gpus * made.seconds if gpus else None,
+    }  # fmt: skip
+    commit(store, step, objects, facts)
+
+
+CHECKPOINTS = "checkpoints/"
+
+
+class StoredWatch(Watch):
+    """Steps are counted on the board; checkpoints lie in the store until their cell is committed.
+
+    Objects `checkpoints/<step>/<trainer>-<steps taken>-<attempt>`: attempts at the same time never meet, the most steps
+    count, and an attempt removes its own older ones. Of a committed cell nobody reads them.
+    """
+
+    def __init__(self, store: Store, board: Any, runtime: Runtime, trainer: str) -> None:
+        self._store, self._board, self._every_s, self._trainer = store, board, runtime.checkpoint_every_s, trainer
+        self._attempt = secrets.token_hex(4)
+        self._saved_at: dict[str, float] = {}
+        self._saved: dict[str, str] = {}
+
+    def step(self, key: str, entry: dict[str, Any]) -> None:
+        self._saved_at.setdefault(key, time.monotonic() - entry["seconds"])
+        self._board.add.remote(1)
+
+    def due(self, key: str) -> bool:
+        return time.monotonic() - self._saved_at[key] >= self._every_s
+
+    def save(self, key: str, step: int, state: bytes) -> None:
+        name = f"{CHECKPOINTS}{key}/{self._trainer}-{step:08d}-{self._attempt}"
+        self._store.replace(name, state)
+        if older := self._saved.get(key):
+            self._store.delete(older)
+        self._saved[key], self._saved_at[key] = name, time.monotonic()
+
+    def restore(self, key: str) -> bytes | None:
+        for name in sorted(self._store.list(f"{CHECKPOINTS}{key}/{self._trainer}-"), reverse=True):
+            with contextlib.suppress(NotFoundError):  # another attempt has just gone further, or has committed the cell
+                state = self._store.read(name)
+                self._board.add.remote(int(name.rsplit("-", 2)[1]))
+                return state
+        return None
+
+    def discard(self, key: str) -> None:
+        """As far as that goes: what stays does no harm."""
+        with contextlib.suppress(Exception):
+            for name in list(self._store.list(f"{CHECKPOINTS}{key}/")):
+                self._store.delete(name)
 
 
 def heldout_rows(store: Store, step: Step) -> list[TrainingRow]:
