@@ -138,7 +138,9 @@ def tables(store: Path) -> dict[str, object]:
             data = store / item["key"]
             if name.endswith(".parquet"):
                 table = pq.read_table(data)
-                found[f"{manifest['step']}/{name}"] = table.drop_columns([column for column in ("seconds", "memory_bytes") if column in table.column_names]).to_pylist()
+                found[f"{manifest['step']}/{name}"] = table.drop_columns(
+                    [column for column in ("seconds", "memory_bytes") if column in table.column_names]
+                ).to_pylist()
             elif "adapter" in name:
                 found[f"{manifest['step']}/{name}"] = data.read_bytes()
     return found

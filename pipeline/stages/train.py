@@ -19,6 +19,7 @@ import ray
 from pipeline.artifacts import NotFoundError, Step, Store, commit, done_keys, open_store, read_table
 from pipeline.errors import UserError
 from pipeline.plan import Plan, make_plan
+from pipeline.planner import Device, Load, place
 from pipeline.runtime import Runtime
 from pipeline.schemas import HELDOUT, TRAIN_LOG, to_table
 from pipeline.stages import Context, Failed, Steps
@@ -39,24 +40,28 @@ def build(context: Context, steps: Steps) -> Failed:
 
     from pipeline.cpu import preload_environment
 
-    workers = min(runtime.train_workers, len(steps))
+    workers = runtime.train_workers if runtime.gang > 1 else min(runtime.train_workers, len(steps))
     environment = worker_environment({} if runtime.gpus_per_worker else preload_environment(), runtime, workers)
     resources = {"CPU": 1.0} | ({"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else {})
     total = sum(step.config["steps"] for step in steps)
+    shares = shares_of(steps, workers, runtime.gang)
     with board(context, "train", total, "steps") as counts, tempfile.TemporaryDirectory() as scratch:
-        # Not TorchTrainer: cells have nothing to tell each other, and its process group takes a quarter of a minute to form.
-        trainer = DataParallelTrainer(
-            _train_share,
-            train_loop_config={
-                "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(),
-                "shares": shares([(step.key, int(step.config["steps"])) for step in steps], workers), "board": counts,
+        settings: dict[str, Any] = {
+            "train_loop_config": {
+                "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(), "shares": shares, "board": counts,
             },
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources),
+            "scaling_config": ScalingConfig(num_workers=workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources),
             # A run whose name and folder exist would be resumed silently; what is done is known from the store alone.
-            run_config=RunConfig(
+            "run_config": RunConfig(
                 name=Path(scratch).name, storage_path=scratch, failure_config=FailureConfig(max_failures=RESTARTS), worker_runtime_env=environment
             ),
-        )  # fmt: skip
+        }  # fmt: skip
+        if any(len(devices) > 1 for share in shares for _, devices in share):
+            from ray.train.torch import TorchConfig, TorchTrainer
+
+            trainer = TorchTrainer(_train_share, torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"), **settings)
+        else:  # cells have nothing to tell each other, and a process group takes a quarter of a minute to form
+            trainer = DataParallelTrainer(_train_share, **settings)
         try:
             trainer.fit()
             failed: Failed = ray.get(counts.failures.remote())
@@ -69,14 +74,15 @@ def build(context: Context, steps: Steps) -> Failed:
     return {key: reason for key, reason in failed.items() if key not in built}
 
 
-def shares(costs: Sequence[tuple[str, int]], workers: int) -> list[list[str]]:
-    """Keys for each worker: longest first, each to the worker that has least to do."""
-    loads, lists = [0] * workers, [list[str]() for _ in range(workers)]
-    for key, cost in sorted(costs, key=lambda item: -item[1]):
-        worker = loads.index(min(loads))
-        loads[worker] += cost + 1
-        lists[worker].append(key)
-    return lists
+Share = list[tuple[list[str], list[int]]]
+"""What one worker does, in order: steps' keys, and the workers that train them together."""
+
+
+def shares_of(steps: Steps, workers: int, gang: int) -> list[Share]:
+    """Placed by the rows that cells see: how fast a row is does not matter for who gets which."""
+    loads = [Load(step.key, int(step.config["steps"]) + 1, int(step.config["training"]["global_batch"]), 1.0) for step in steps]
+    schedule = place(loads, workers, Device(((1.0, 1.0),)), gang)
+    return [[(list(item.keys), list(item.devices)) for item in schedule.of(worker)] for worker in range(workers)]
 
 
 def _train_share(config: dict[str, Any]) -> None:
@@ -84,9 +90,33 @@ def _train_share(config: dict[str, Any]) -> None:
     runtime = Runtime.model_validate_json(config["runtime"])
     plan = make_plan(Study.model_validate_json(config["study"]))
     store = open_store(runtime.store)
-    mine = [key for key in config["shares"][ray.train.get_context().get_world_rank()] if key not in done_keys(store)]
-    if mine:
-        train_cells(plan, mine, store, open_trainer(plan.study, runtime), config["board"], runtime)
+    rank = ray.train.get_context().get_world_rank()
+    gangs = sorted({tuple(devices) for share in config["shares"] for _, devices in share if len(devices) > 1})
+    done = done_keys(store)
+    groups = {}
+    if gangs:
+        import torch.distributed
+
+        box = [done]
+        torch.distributed.broadcast_object_list(box, src=0)  # a gang whose members disagree would wait for each other
+        done, groups = box[0], {devices: torch.distributed.new_group(devices) for devices in gangs}
+    mine = [([key for key in keys if key not in done], tuple(devices)) for keys, devices in config["shares"][rank]]
+    if not any(keys for keys, _ in mine):
+        return
+    trainer = open_trainer(plan.study, runtime)
+    for keys, devices in mine:
+        trainer.group = groups.get(devices)
+        if rank == devices[0]:
+            train_cells(plan, keys, store, trainer, config["board"], runtime)
+        else:
+            assist(plan, keys, store, trainer)
+
+
+def assist(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer) -> None:
+    """Train as the others of a gang do; its first worker tells and commits what comes of it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in trainer.run((cell_work(store, plan.by_key[key], Path(scratch) / str(index)) for index, key in enumerate(keys)), Watch()):
+            pass
 
 
 def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer, board: Any, runtime: Runtime) -> None:

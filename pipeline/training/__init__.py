@@ -74,6 +74,8 @@ class Watch:
 
 class Trainer(Protocol):
     name: str
+    group: Any
+    """torch process group of the devices that train the next cells together; None for this one alone. `packed` can do it."""
 
     def run(self, cells: Iterable[CellWork], watch: Watch) -> Iterator[tuple[CellWork, Trained | Exception]]:
         """Each cell with what became of it, in the order in which they end. Takes a cell when there is room for it.
@@ -82,11 +84,8 @@ class Trainer(Protocol):
         """
 
 
-def open_trainer(study: Study, runtime: Runtime, group: Any = None) -> Trainer:
-    """group: torch process group of the devices that train one cell together; only `packed` can.
-
-    Raises UserError for a trainer that is not installed or cannot do what the runtime asks.
-    """
+def open_trainer(study: Study, runtime: Runtime) -> Trainer:
+    """Raises UserError for a trainer that is not installed or cannot do what the runtime asks."""
     base = ModelName.parse(study.base)
     if base.simulated:
         from pipeline.training.scripted import ScriptedTrainer
@@ -99,7 +98,7 @@ def open_trainer(study: Study, runtime: Runtime, group: Any = None) -> Trainer:
     if name == "packed":
         from pipeline.training.packed import PackedTrainer
 
-        return PackedTrainer(folder, study.training, study.precision, runtime.share_base, group)
+        return PackedTrainer(folder, study.training, study.precision, runtime.share_base)
     from pipeline.training.sft import SFTTrainers
 
     return SFTTrainers(name, folder, study.training, study.precision)

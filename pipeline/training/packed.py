@@ -120,12 +120,16 @@ class Running:
 
 
 class PackedTrainer:
-    """slots: cells that are trained at once. group: torch process group of the devices that train the same cells together."""
+    """slots: cells that are trained at once.
+
+    group: the torch process group of the devices that are to train the same cells together, each its part of every global
+    batch. They hold the same weights; the first of them alone looks at held-out rows, saves, and has somebody look on.
+    """
 
     name = "packed"
 
-    def __init__(self, base: Path, training: Training, precision: str, slots: int = 1, group: Any = None) -> None:
-        self._training, self._group = training, group
+    def __init__(self, base: Path, training: Training, precision: str, slots: int = 1) -> None:
+        self._training, self.group = training, None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._model = peft_model(base, training, precision, self._device, "packed")
@@ -160,10 +164,22 @@ class PackedTrainer:
         rendered = [render(self._tokenizer, self._training, row) for row in work.rows]
         order = batches(len(rendered), work.steps, self._training.global_batch, work.seed)
         cell = Running(work, slot, rendered, order, self._optimizer(slot))
-        if state := watch.restore(work.key):
+        if state := self._told(watch.restore(work.key) if self._leads else None):
             self._restore(cell, state)
         cell.seconds += time.perf_counter() - started
         return cell
+
+    @property
+    def _leads(self) -> bool:
+        return self.group is None or self.group.rank() == 0
+
+    def _told(self, value: bytes | None) -> bytes | None:
+        """What the first device of the group has."""
+        if self.group is None:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
 
     def _optimizer(self, slot: int) -> torch.optim.Optimizer:
         weights = torch.nn.Parameter(self._adapters.weights[slot])
@@ -212,13 +228,15 @@ class PackedTrainer:
             share = seconds * tokens[cell] / sum(tokens.values())
             cell.seconds += share
             cell.log[-1] |= {"seconds": share, "memory_bytes": memory}
-            if cell in ended:
+            if cell in ended or not self._leads:
                 continue
             try:
                 watch.step(cell.work.key, cell.log[-1])
                 if cell.step < len(cell.order) and watch.due(cell.work.key):
                     watch.save(cell.work.key, cell.step, self._state(cell))
-            except Exception as error:  # noqa: BLE001  # as Watch says
+            except Exception as error:
+                if self.group is not None:  # the others would wait for the first
+                    raise
                 ended[cell] = error
         return ended
 
@@ -252,7 +270,7 @@ class PackedTrainer:
     def _try_pass(self, cells: list[Running], loss_tokens: list[int]) -> Tensor:
         losses = torch.zeros(len(cells), device=self._device)
         place = {cell: index for index, cell in enumerate(cells)}
-        rank, size = (self._group.rank(), self._group.size()) if self._group is not None else (0, 1)
+        rank, size = (self.group.rank(), self.group.size()) if self.group is not None else (0, 1)
         mine = [(cell, row) for cell in cells for row in cell.batch[rank::size]]
         for micro in micro_batches(mine, self._budget):
             nll = self._nll([(cell.slot, rows) for cell, rows in micro])
@@ -263,16 +281,17 @@ class PackedTrainer:
             losses.index_add_(0, owners, nll.detach() * weights)
         if size > 1:
             for cell in cells:
-                torch.distributed.all_reduce(self._adapters.gradients[cell.slot], group=self._group)
-            torch.distributed.all_reduce(losses, group=self._group)
+                torch.distributed.all_reduce(self._adapters.gradients[cell.slot], group=self.group)
+            torch.distributed.all_reduce(losses, group=self.group)
         return losses
 
     def _finish(self, cell: Running) -> Trained | Exception:
         started = time.perf_counter()
         try:
-            heldout = list(self._score(cell))
-            self._adapters.hand_over(cell.slot)
-            self._model.save_pretrained(cell.work.folder, save_embedding_layers=False)
+            heldout = list(self._score(cell)) if self._leads else []
+            if self._leads:
+                self._adapters.hand_over(cell.slot)
+                self._model.save_pretrained(cell.work.folder, save_embedding_layers=False)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this cell's alone
             return error
         seconds = cell.seconds + time.perf_counter() - started

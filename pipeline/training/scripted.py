@@ -13,6 +13,7 @@ from pipeline.training import CellWork, Trained, Watch
 
 class ScriptedTrainer:
     name = "scripted"
+    group = None
 
     def run(self, cells: Iterable[CellWork], watch: Watch) -> Iterator[tuple[CellWork, Trained | Exception]]:
         for work in cells:
