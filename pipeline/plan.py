@@ -22,7 +22,7 @@ from pipeline.study import Evaluation, ModelName, Sampling, Study, parse
 from pipeline.tasks import Conversation, Example, Task, load
 
 STAGES = ("synthesize", "subset", "train", "generate", "judge", "report")
-VERSIONS = {"synthesize": 2, "subset": 1, "train": 1, "generate": 1, "judge": 3, "report": 2}
+VERSIONS = {"synthesize": 2, "subset": 1, "train": 2, "generate": 1, "judge": 3, "report": 2}
 """Bumped when a stage's code changes its results: older artifacts are then not found and not touched."""
 
 SHARD_ROWS = 64
@@ -357,8 +357,6 @@ def cost(plan: Plan) -> dict[str, Any]:
     steps = sum(cell.steps for cell in plan.cells)
     rich = _tokens(task.rich, plan.train_rows) if task.rich else 0.0
     plain = _tokens(task.plain, plan.evaluation_rows)
-    trained_prompt = rich if study.train_on == "rich" else _tokens(task.plain, plan.train_rows)
-    trained_answer = study.synthesis.sampling.max_tokens if task.rich else _mean(len(row.answer or "") / CHARS_PER_TOKEN for row in plan.train_rows)
     answer = study.generation.max_tokens
     exposures = steps * study.training.global_batch
     return {
@@ -368,12 +366,20 @@ def cost(plan: Plan) -> dict[str, Any]:
         "requests": {"synthesize": asked if task.rich else 0, "generate": models * evaluation, "judge": sum(verdicts.values())},
         "tokens_estimated": {
             "synthesize": round(asked * (rich + study.synthesis.sampling.max_tokens)) if task.rich else 0,
-            "train": round(exposures * (trained_prompt + trained_answer)),
+            "train": round(exposures * tokens_per_training_row(plan)),
             "generate": round(models * evaluation * (plain + answer)),
             "judge": round(sum(count * (plain + 2 * answer + _question_tokens(task, name) + _verdict_tokens(name)) for name, count in verdicts.items())),
         },
         "endpoints": _endpoints(plan),
     }
+
+
+def tokens_per_training_row(plan: Plan) -> float:
+    """Prompt and answer, estimated; a teacher's answer at its longest."""
+    study, task = plan.study, plan.task
+    prompt = task.rich if study.train_on == "rich" else task.plain
+    answer = study.synthesis.sampling.max_tokens if task.rich else _mean(len(row.answer or "") / CHARS_PER_TOKEN for row in plan.train_rows)
+    return _tokens(prompt, plan.train_rows) + answer
 
 
 def planned_use(plan: Plan, done: Collection[str] = ()) -> dict[str, Usage]:

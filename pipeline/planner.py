@@ -80,8 +80,9 @@ class Schedule:
 def place(loads: Sequence[Load], devices: int, device: Device, gang: int = 1, share: int = 1) -> Schedule:
     """gang: devices that may train one cell together. share: cells that one device may train at once.
 
-    The lower bound holds for every schedule of these cells: no device is ever idle and each cell takes the width at which it
-    costs least, or the longest cell alone at the width at which it is fastest. Raises UserError where a cell does not fit.
+    The lower bound holds for every schedule of these cells: no device is ever idle and each cell's tokens pass at the best
+    speed that sharing allows or on the gang that costs least; or the longest cell at the width at which it is fastest.
+    Raises UserError where a cell does not fit.
     """
     if devices < 1:
         raise UserError(f"{devices} devices were given; wanted at least one")
@@ -93,7 +94,8 @@ def place(loads: Sequence[Load], devices: int, device: Device, gang: int = 1, sh
     steps, batch, tokens = (np.array(column, float) for column in zip(*((load.steps, load.batch_rows, load.tokens_per_row) for load in loads), strict=True))
     alone = [steps * (device.seconds(np.ceil(batch / width) * tokens) + (device.sync_s if width > 1 else 0.0)) for width in widths]
     times = np.stack([steps * device.seconds(share * batch * tokens) / share, *alone[1:]])
-    area = (times * np.array(widths)[:, None]).min(0).sum() / devices
+    least = alone[0] if share == 1 else steps * batch * tokens / _best_speed(device, share * float((batch * tokens).max()))
+    area = np.minimum.reduce([least, *(seconds * width for seconds, width in zip(alone[1:], widths[1:], strict=True))]).sum() / devices
     bound = float(max(area, np.minimum.reduce(alone).max()))
     best: tuple[float, list[tuple[int, int, int]]] | None = None
     for index in range(FINER if len(widths) > 1 else 1):
@@ -124,6 +126,12 @@ def _share(loads: Sequence[Load], device: Device, share: int) -> int:
         if held > room:
             return count
     return share
+
+
+def _best_speed(device: Device, most: float) -> float:
+    """Tokens per second of the best pass of at most so many tokens."""
+    sizes = np.array([most, *(size for size, _ in device.points if size < most)])
+    return float((sizes / device.seconds(sizes)).max())
 
 
 def _place_within(times: NDArray[np.float64], widths: list[int], devices: int, limit: float) -> tuple[float, list[tuple[int, int, int]]]:

@@ -83,7 +83,8 @@ def test_in_bfloat16_company_makes_no_more_difference_than_another_micro_batch(b
     keys = ("cell0", "cell1", "cell2")
     company = sum(difference(Folder(tmp_path / "together" / key), Folder(tmp_path / "alone" / key)) for key in keys)
     shape = sum(difference(Folder(tmp_path / "reshaped" / key), Folder(tmp_path / "alone" / key)) for key in keys)
-    assert 0 < company <= 1.5 * shape
+    assert shape > 0  # or the bound below would tell nothing
+    assert company <= 1.5 * shape
 
 
 class Folder(NamedTuple):
@@ -250,3 +251,45 @@ def test_rows_given_are_the_cells_own(base, tmp_path):
 def _folder(path):
     path.mkdir()
     return path
+
+
+# ---------------------------------------------------------------- gangs
+
+
+def _member(base, folder: str, rank: int, size: int, fatal: int | None) -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting{fatal}", rank=rank, world_size=size)
+    trainer = packed(base, 2, **SETTINGS)
+    trainer.group = torch.distributed.group.WORLD
+    watch = InFolder(Path(folder) / "states", fatal) if rank == 0 else Watch()  # the first alone has somebody look on
+    outcomes(trainer, *cells(Path(folder) / f"rank{rank}", (8, 8, 8)), watch=watch)
+    torch.distributed.destroy_process_group()
+
+
+def together(base, tmp_path, size: int, fatal: int | None = None) -> list[int | None]:
+    tmp_path.mkdir(exist_ok=True)
+    members = [multiprocessing.get_context("spawn").Process(target=_member, args=(base, str(tmp_path), rank, size, fatal)) for rank in range(size)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(300)
+    return [member.exitcode for member in members]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gang_trains_the_adapters_of_one_worker_with_the_global_batch_unchanged(base, tmp_path, size):
+    assert together(base, tmp_path, size) == [0] * size
+    for cell in cells(tmp_path / "alone", (8, 8, 8)):
+        alone = outcomes(packed(base, **SETTINGS), cell)[cell.key]
+        assert difference(Folder(tmp_path / "rank0" / cell.key), alone) <= 1e-3
+        assert not list((tmp_path / "rank1" / cell.key).iterdir())
+
+
+def test_gang_that_was_killed_goes_on_from_the_first_ones_checkpoints(base, tmp_path):
+    killed = together(base, tmp_path, 2, fatal=4)
+    assert killed[0] == -signal.SIGKILL
+    assert killed[1] != 0
+    assert together(base, tmp_path, 2) == [0, 0]
+    for cell in cells(tmp_path / "alone", (8, 8, 8)):
+        assert difference(Folder(tmp_path / "rank0" / cell.key), outcomes(packed(base, **SETTINGS), cell)[cell.key]) <= 1e-3

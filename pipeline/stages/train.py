@@ -27,6 +27,7 @@ from pipeline.stages.subset import good_rows
 from pipeline.stages.workers import board, ensure_ray, root_cause, worker_environment
 from pipeline.study import Study
 from pipeline.training import CellWork, Trained, Trainer, TrainingRow, Watch, open_trainer
+from pipeline.training.tracking import Tracker
 
 RESTARTS = 2
 """How often Ray Train starts its workers anew when one of them dies; committed cells are not trained again."""
@@ -136,7 +137,7 @@ def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer,
                 yield work
 
     with tempfile.TemporaryDirectory() as scratch:
-        watch = StoredWatch(store, board, runtime, trainer.name)
+        watch = StoredWatch(store, board, runtime, trainer.name, plan.study.name)
         for work, outcome in trainer.run(cells(Path(scratch)), watch):
             try:
                 if isinstance(outcome, Exception):
@@ -148,6 +149,7 @@ def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer,
                 watch.discard(work.key)
                 board.finish.remote(work.key)
             shutil.rmtree(work.folder)
+        watch.close()
 
 
 def cell_work(store: Store, step: Step, folder: Path) -> CellWork:
@@ -181,8 +183,9 @@ class StoredWatch(Watch):
     count, and an attempt removes its own older ones. Of a committed cell nobody reads them.
     """
 
-    def __init__(self, store: Store, board: Any, runtime: Runtime, trainer: str) -> None:
+    def __init__(self, store: Store, board: Any, runtime: Runtime, trainer: str, study: str) -> None:
         self._store, self._board, self._every_s, self._trainer = store, board, runtime.checkpoint_every_s, trainer
+        self._tracker = Tracker(runtime.track, runtime.track_to, study) if runtime.track != "none" else None
         self._attempt = secrets.token_hex(4)
         self._saved_at: dict[str, float] = {}
         self._saved: dict[str, str] = {}
@@ -190,6 +193,12 @@ class StoredWatch(Watch):
     def step(self, key: str, entry: dict[str, Any]) -> None:
         self._saved_at.setdefault(key, time.monotonic() - entry["seconds"])
         self._board.add.remote(1)
+        if self._tracker:
+            self._tracker.step(key, entry)
+
+    def close(self) -> None:
+        if self._tracker:
+            self._tracker.close()
 
     def due(self, key: str) -> bool:
         return time.monotonic() - self._saved_at[key] >= self._every_s
