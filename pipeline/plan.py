@@ -6,11 +6,12 @@ Every worker makes the same plan from the same study, so a step travels as its k
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
-import json
 import math
+import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,15 +228,26 @@ def _synthesize_steps(study: Study, task: Task, params: Any, split: str, rows: l
             "precision": study.precision,
             "rows": len(chunk),
             "split": split,
-            "prompts": _digest_of([row.row_id, task.rich(row.fields) if task.rich else [row.answer, row.problem], task.plain(row.fields)] for row in chunk),
+            "prompts": prompts_digest(chunk, *((task.rich, task.plain) if task.rich else (task.plain,))),
+            "answers": None if task.rich else digest([[row.answer, row.problem] for row in chunk]),
         }
         made.append((Step("synthesize", f"{split}-{index:04d}of{len(chunks):04d}", config), chunk))
     return made
 
 
-def _digest_of(prompts: Iterable[Any]) -> str:
-    """Of plain JSON values, each dumped at once: `digest` looks at every part of them, which for 17,600 rows takes a second."""
-    return digest([json.dumps(item, ensure_ascii=False) for item in prompts])
+def prompts_digest(rows: Iterable[Example], *prompts: Callable[[Mapping[str, str]], Conversation]) -> str:
+    """sha256 over the lengths of all texts, then the texts: for 10^6 rows twice the time of making them, as JSON it would be eight times."""
+    texts: list[str] = []
+    add = texts.append
+    for row in rows:
+        add(row.row_id)
+        for prompt in prompts:
+            for message in prompt(row.fields):
+                add(message["role"])
+                add(message["content"])
+            add("")  # no role is empty, so this is where a conversation ends
+    lengths = struct.pack(f"<{len(texts) + 1}I", len(texts), *map(len, texts))
+    return hashlib.sha256(lengths + "".join(texts).encode()).hexdigest()
 
 
 def _subset_steps(study: Study, task: Task, sizes: tuple[int, ...], shards: tuple[Step, ...]) -> dict[str, Step]:
@@ -273,7 +285,7 @@ def _generate_steps(study: Study, task: Task, rows: list[Example], trained: list
         "base": study.base,
         "precision": study.precision,
         "sampling": study.generation,
-        "prompts": _digest_of([row.row_id, task.plain(row.fields)] for row in rows),
+        "prompts": prompts_digest(rows, task.plain),
     }
     return [Step("generate", BASE, config), *(Step("generate", step.name, config, (step,)) for step in trained)]
 

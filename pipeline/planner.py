@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -186,12 +187,12 @@ def _timed(
 def _shared_seconds(queue: list[Load], device: Device, share: int) -> float:
     """Of a device that trains these cells in order, `share` at once: each pass takes a step of all that are under way."""
     if share == 1:
-        tokens = np.array([load.batch_rows * load.tokens_per_row for load in queue])
-        return float((np.array([load.steps for load in queue]) * device.seconds(tokens)).sum())
+        lengths = np.array([load.batch_rows * load.tokens_per_row for load in queue])
+        return float((np.array([load.steps for load in queue]) * device.seconds(lengths)).sum())
     waiting = iter(queue)
     running = [(load.steps, index, load.batch_rows * load.tokens_per_row) for index, load in enumerate(itertools.islice(waiting, share))]
     heapq.heapify(running)
-    tokens, ended = sum(size for _, _, size in running), 0
+    tokens, ended = math.fsum(size for _, _, size in running), 0
     passes: list[tuple[int, float]] = []
     for index, following in enumerate(itertools.chain(waiting, itertools.repeat(None, len(running))), len(running)):
         until, _, size = running[0]

@@ -87,7 +87,7 @@ def test_killed_run_goes_on_from_its_checkpoints_and_ends_with_the_same_bytes(st
 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    left = [path for path in (store / "checkpoints").rglob("packed-*")]
+    left = list((store / "checkpoints").rglob("packed-*"))
     assert left
     assert trained(study, store, ray_address) == alone
     assert not [path for path in (store / "checkpoints").rglob("*") if path.is_file()]

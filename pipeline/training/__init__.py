@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.runtime import Runtime
-from pipeline.study import ModelName, Study
-from pipeline.tasks import Conversation
+
+if TYPE_CHECKING:  # the benchmark for GPUs trains where only torch, transformers, peft and bitsandbytes are
+    from pipeline.runtime import Runtime
+    from pipeline.study import Study
+    from pipeline.tasks import Conversation
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Trainer(Protocol):
 
 def open_trainer(study: Study, runtime: Runtime) -> Trainer:
     """Raises UserError for a trainer that is not installed or cannot do what the runtime asks."""
+    from pipeline.study import ModelName
+
     base = ModelName.parse(study.base)
     if base.simulated:
         from pipeline.training.scripted import ScriptedTrainer

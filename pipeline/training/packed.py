@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -30,10 +31,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from pipeline.study import Training
 from pipeline.training import CellWork, Trained, Watch, batches, learning_rate
 from pipeline.training.lora import Adapters
 from pipeline.training.rendering import Rendered, common_prefix, micro_batches, render
+
+if TYPE_CHECKING:
+    from pipeline.study import Training
 
 MICRO_BATCH_TOKENS = 8192
 """Tokens of one forward and backward pass at most; a row longer than that stands alone."""
@@ -136,6 +139,11 @@ class PackedTrainer:
         self._adapters = Adapters(self._model, slots)
         self._model.eval()  # no dropout anywhere: training and evaluation are the same function
         self._budget = MICRO_BATCH_TOKENS
+
+    def recompute(self) -> None:
+        """From now on keep a layer's input only, and compute its activations a second time for the backward pass."""
+        self._model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        self._model.train()  # transformers recomputes in training mode only; there is no dropout
 
     def run(self, cells: Iterable[CellWork], watch: Watch) -> Iterator[tuple[CellWork, Trained | Exception]]:
         waiting, running = iter(cells), list[Running]()
@@ -254,10 +262,8 @@ class PackedTrainer:
                 return self._try_pass(cells, loss_tokens)
             except torch.OutOfMemoryError:
                 longest = max(len(row.ids) for cell in cells for row in cell.batch)
-                decoder = self._model.get_base_model()
-                if self._budget <= RECOMPUTE_BELOW and not decoder.is_gradient_checkpointing:
-                    decoder.gradient_checkpointing_enable({"use_reentrant": False})
-                    self._model.train()  # transformers recomputes in training mode only
+                if self._budget <= RECOMPUTE_BELOW and not self._model.get_base_model().is_gradient_checkpointing:
+                    self.recompute()
                 elif self._budget > longest:
                     self._budget = max(longest, self._budget // 2)
                 else:
@@ -291,7 +297,7 @@ class PackedTrainer:
             heldout = list(self._score(cell)) if self._leads else []
             if self._leads:
                 self._adapters.hand_over(cell.slot)
-                self._model.save_pretrained(cell.work.folder, save_embedding_layers=False)
+                save_adapter(self._model, cell.work.folder)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this cell's alone
             return error
         seconds = cell.seconds + time.perf_counter() - started
@@ -357,6 +363,14 @@ def peft_model(base: Path, training: Training, precision: str, device: torch.dev
         layers_to_transform=None if training.layers is None else list(training.layers),
     )
     return get_peft_model(model, lora)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """As PEFT does, the same bytes in every process: it keeps the targets as a set."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])}, indent=2, sort_keys=True))
 
 
 def memory_bytes(device: torch.device) -> int:

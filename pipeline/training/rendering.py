@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pipeline.chat import completion_ids, prompt_ids
-from pipeline.study import Training
 from pipeline.training import TrainingRow
+
+if TYPE_CHECKING:
+    from pipeline.study import Training
 
 T = TypeVar("T")
 

@@ -56,6 +56,8 @@ class SFTTrainers:
         from torch import manual_seed
         from trl import SFTTrainer
 
+        from pipeline.training.packed import save_adapter
+
         started = time.perf_counter()
         model, tokenizer = self._load()
         rendered = [render(tokenizer, self._training, row) for row in work.rows]
@@ -84,18 +86,18 @@ class SFTTrainers:
                 if log.failure is not None:
                     raise log.failure
             heldout = list(self._score(model, tokenizer, work))
-        model.save_pretrained(work.folder, save_embedding_layers=False)
+        save_adapter(model, work.folder)
         return Trained(work.folder, log.entries, heldout, sum(row.cut for row in rendered), time.perf_counter() - started)
 
     def _load(self) -> tuple[Any, Any]:
         import torch
         from transformers import AutoTokenizer
 
+        from pipeline.training.packed import peft_model
+
         training, device = self._training, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(self._base)
         if self.name == "trl":
-            from pipeline.training.packed import peft_model
-
             return peft_model(self._base, training, self._precision, device, "sdpa"), tokenizer
         from unsloth import FastLanguageModel
 
