@@ -64,11 +64,15 @@ def test_gpu_benchmark_without_a_gpu_says_so_and_stops():
 def test_every_part_of_the_gpu_benchmark_runs_at_a_small_size(tmp_path):
     """With only what it says that it needs: everything else that this project installs is hidden from it."""
     code = (
-        "import sys\n"
+        "import sys, bitsandbytes, peft\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "hidden = ('pydantic', 'pyarrow', 'ray', 'boto3', 'datasets', 'vllm')\n"
         "class Hidden:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('pydantic', 'pyarrow', 'ray', 'datasets', 'vllm', 'boto3', 'scipy', 'sklearn'):\n"
+        "        if name.split('.')[0] in hidden:\n"
         "            raise ModuleNotFoundError(f'{name} is hidden', name=name)\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] in hidden]:\n"
+        "    del sys.modules[name]\n"
         "sys.meta_path.insert(0, Hidden())\n"
         f"sys.argv = ['bench', '--small', '--out', {str(tmp_path)!r}]\n"
         "from tests.gpu.bench import main\n"

@@ -307,7 +307,7 @@ class PackedTrainer:
     def _score(self, cell: Running) -> Iterator[dict[str, Any]]:
         rendered = [(cell, render(self._tokenizer, self._training, row)) for row in cell.work.heldout]
         for ((_, rows),) in micro_batches(rendered, self._budget):
-            parts = self._nll([(cell.slot, rows)]).split([len(row.targets) for row in rows])
+            parts = torch.split(self._nll([(cell.slot, rows)]), [len(row.targets) for row in rows])
             for row, nll in zip(rows, parts, strict=True):
                 yield {"row_id": row.row_id, "nll": nll.sum().item(), "tokens": len(row.targets), "prompt_ids": row.prompt}
 

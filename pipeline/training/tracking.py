@@ -69,7 +69,7 @@ def _tensorboard(to: str | None, study: str) -> tuple[Write, Callable[[], None]]
 
     def write(key: str, step: int, values: dict[str, float]) -> None:
         if key not in writers:
-            writers[key] = SummaryWriter(f"{to or 'runs/tensorboard'}/{study}/{key}")  # type: ignore[no-untyped-call]
+            writers[key] = SummaryWriter(f"{to or 'runs/tensorboard'}/{study}/{key}")
         for name, value in values.items():
             writers[key].add_scalar(name, value, step)
 

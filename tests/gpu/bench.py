@@ -32,7 +32,7 @@ PAPER_TOKENS = 18_200_000
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """shape: of a Llama. passes: tokens of a micro-batch. lengths: of a row, shortest and longest. steps: timed, after two to warm up."""
+    """shape: of a Llama. passes: tokens of one. lengths: of a row, shortest and longest. steps: timed, after two to warm up."""
 
     shape: dict[str, int]
     passes: tuple[int, ...]
@@ -51,7 +51,8 @@ SMALL = Size(
 )  # fmt: skip
 TRAINING = SimpleNamespace(
     global_batch=8, learning_rate=2e-4, schedule="linear", warmup_steps=5, weight_decay=0.1, optimizer="adamw_8bit", max_grad_norm=1.0, rank=16, alpha=16,
-    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), layers=None, quantization="nf4", loss_on="completion", max_tokens=2048,
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), layers=None, quantization="nf4", loss_on="completion",
+    max_tokens=2048,
 )  # fmt: skip
 
 
