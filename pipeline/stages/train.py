@@ -68,8 +68,9 @@ def build(context: Context, steps: Steps) -> Failed:
             failed: Failed = ray.get(counts.failures.remote())
         except Exception as error:
             cause = root_cause(error)
-            if isinstance(cause, UserError):
-                raise cause from error
+            for told in (cause, *getattr(cause, "worker_failures", {}).values()):
+                if isinstance(told, UserError):
+                    raise told from error
             failed = {step.key: f"{type(cause).__name__}: {cause}" for step in steps}
     built = done_keys(context.store)
     return {key: reason for key, reason in failed.items() if key not in built}

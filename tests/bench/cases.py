@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.runtime import Runtime
 from pipeline.study import ModelName, Training, load_study
 from pipeline.training import CellWork, TrainingRow, Watch
 from tests.bench import Benchmark, Sides
+from tests.bench.engines import Remote, answers, folder_of_adapters, judge_ours, judge_shuffled, synthesis_bare, synthesis_ours
 
 TEXT = "the a warm fresh bread order today buy light tent dry boots winter soup and with for every day our new offer join us on store sale best quality"
 STEPS = 3
@@ -41,7 +42,7 @@ def rows(count: int, words: int) -> list[TrainingRow]:
     ]
 
 
-def trained(trainer: Any, chosen: list[list[TrainingRow]], steps: int = STEPS) -> tuple[float, int]:
+def trained(trainer: Any, chosen: list[list[TrainingRow]], steps: int) -> tuple[float, int]:
     """Seconds in optimizer steps and the tokens they saw, of a cell for each list of rows."""
     with tempfile.TemporaryDirectory() as scratch:
         works = []
@@ -83,7 +84,7 @@ def packed_against_sft() -> Iterator[Sides]:
     yield Sides(lambda: per_token(packed), lambda: per_token(sft), False, facts)
 
 
-def shared(batch: int, words: int, cells: int = 8) -> contextlib.AbstractContextManager[Sides]:
+def shared(batch: int, words: int, steps: int, cells: int = 8) -> contextlib.AbstractContextManager[Sides]:
     @contextlib.contextmanager
     def opened() -> Iterator[Sides]:
         from pipeline.training.packed import PackedTrainer
@@ -93,7 +94,7 @@ def shared(batch: int, words: int, cells: int = 8) -> contextlib.AbstractContext
         many, one = (PackedTrainer(base(), training, study.precision, slots) for slots in (cells, 1))
         every = rows(8 * cells, words)
         chosen = [every[8 * index : 8 * index + 8] for index in range(cells)]
-        yield Sides(lambda: trained(many, chosen)[0], lambda: trained(one, chosen)[0])
+        yield Sides(lambda: trained(many, chosen, steps)[0], lambda: trained(one, chosen, steps)[0])
 
     return opened()
 
@@ -154,10 +155,98 @@ def prompts() -> Iterator[Sides]:
     yield Sides(ours, theirs, facts=lambda: {"peak GiB": f"{peak[0] / 2**30:.2f}"})
 
 
+@contextlib.contextmanager
+def grid() -> Iterator[Sides]:
+    """All 15 cells of `laptop`, from the first load of the base to the last adapter on disk."""
+    from pipeline.training.packed import PackedTrainer
+    from pipeline.training.sft import SFTTrainers
+
+    study, every = load_study("laptop"), rows(160, 45)
+    cells = make_plan(study).cells
+
+    def wall(open_trainer: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            works = []
+            for cell in cells:
+                (folder := Path(scratch) / cell.name).mkdir()
+                works.append(CellWork(cell.name, every[: cell.rows], cell.steps, cell.seed, [], folder))
+            for _, outcome in open_trainer().run(works, Watch()):
+                if isinstance(outcome, Exception):
+                    raise outcome
+        return time.perf_counter() - started
+
+    yield Sides(
+        lambda: wall(lambda: PackedTrainer(base(), study.training, study.precision, 4)),
+        lambda: wall(lambda: SFTTrainers("trl", base(), study.training, study.precision)),
+        warm_up=False,
+    )
+
+
+@contextlib.contextmanager
+def synthesis() -> Iterator[Sides]:
+    ours, theirs = Remote(synthesis_ours, 500), Remote(synthesis_bare, 500)
+    last: dict[str, Any] = {}
+
+    def per_token(name: str, side: Remote) -> float:
+        last[name] = side()
+        return float(last[name]["seconds"] / last[name]["tokens"])
+
+    try:
+        yield Sides(
+            lambda: per_token("ours", ours), lambda: per_token("bare", theirs), facts=lambda: {f"tokens {name}": item["tokens"] for name, item in last.items()}
+        )
+    finally:
+        ours.close()
+        theirs.close()
+
+
+@contextlib.contextmanager
+def adapters() -> Iterator[Sides]:
+    """From an engine's start to its last token, the base and each adapter; an engine for each means one after the other."""
+    scratch, paths = folder_of_adapters(15)
+
+    def wall(groups: list[list[Path | None]]) -> float:
+        seconds = 0.0
+        for group in groups:
+            side = Remote(answers, group)
+            seconds += side()["seconds"]
+            side.close()
+        return seconds
+
+    with scratch:
+        yield Sides(lambda: wall([[None, *paths]]), lambda: wall([[None], *([path] for path in paths)]), warm_up=False)
+
+
+@contextlib.contextmanager
+def judging() -> Iterator[Sides]:
+    """12 prompts, 15 candidates, both orders: 360 verdicts."""
+    ours, theirs = Remote(judge_ours, 12, 15), Remote(judge_shuffled, 12, 15)
+    last: dict[str, Any] = {}
+
+    def wall(name: str, side: Remote) -> float:
+        last[name] = side()
+        return float(last[name]["seconds"])
+
+    def facts() -> dict[str, Any]:
+        pairs = list(zip(last["ours"]["verdicts"], last["shuffled"]["verdicts"], strict=True))
+        return {"same verdicts": f"{sum(a == b for a, b in pairs)} of {len(pairs)}"}
+
+    try:
+        yield Sides(lambda: wall("ours", ours), lambda: wall("shuffled", theirs), facts=facts)
+    finally:
+        ours.close()
+        theirs.close()
+
+
 BENCHMARKS = (
+    Benchmark("synthesis", "synthesis, 500 rows, tokens/s", "one `LLM.chat` call of bare vLLM, engine start left out", 0.95, synthesis),
+    Benchmark("grid", "the 15 cells of `laptop`, shared base of 4, wall", "15 SFTTrainer runs of TRL one after the other, loads included", 3.0, grid),
     Benchmark("packed", "`packed`, one cell, tokens/s", "TRL's SFTTrainer, same cell, after warm-up", 1.5, packed_against_sft),
-    Benchmark("shared-small", "shared base, K = 8 cells of 2 rows a step", "`packed`, one cell after the other", 1.15, lambda: shared(2, 45)),
-    Benchmark("shared-laptop", "shared base, K = 8 cells of `laptop` (8 rows a step)", "`packed`, one cell after the other", 1.0, lambda: shared(8, 45)),
+    Benchmark("shared-small", "shared base, K = 8 cells of 2 rows a step", "`packed`, one cell after the other", 1.15, lambda: shared(2, 45, STEPS)),
+    Benchmark("shared-laptop", "shared base, K = 8 cells of `laptop` (8 rows a step)", "`packed`, one cell after the other", 1.0, lambda: shared(8, 45, 1)),
+    Benchmark("adapters", "base and 15 adapters in one engine, 12 prompts x 60 tokens each, wall", "an engine for each", 3.5, adapters),
+    Benchmark("judging", "judge's requests in our order, prefix cache on", "shuffled, cache off", 2.5, judging),
     Benchmark("rerun", "`datadose run` of a finished paper-size study", "–", 0, rerun, 5.0),
     Benchmark("prompts", "building and hashing 10^6 prompts", "a loop that only formats them", 0.5, prompts),
 )
