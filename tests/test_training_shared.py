@@ -241,6 +241,18 @@ def test_cells_of_a_killed_process_go_on_and_end_with_the_same_bytes(base, tmp_p
         assert [entry["loss"] for entry in resumed[cell.key].log] == [entry["loss"] for entry in alone.log]
 
 
+@pytest.mark.parametrize("state", [b"", b"torn", b"PK\x03\x04 torn"])
+def test_checkpoint_that_cannot_be_read_is_none(base, tmp_path, state):
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "cell").write_bytes(state)
+    again = outcomes(packed(base, **SETTINGS), work(tmp_path / "cell"), watch=InFolder(tmp_path / "states"))["cell"]
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == _bytes(trained(base, tmp_path / "whole", **SETTINGS))
+
+
+def _bytes(outcome) -> bytes:
+    return (outcome.adapter / "adapter_model.safetensors").read_bytes()
+
+
 def test_rows_given_are_the_cells_own(base, tmp_path):
     """A cell whose company has other rows is not the cell whose company has its own: the comparisons above can fail."""
     one = outcomes(packed(base, 1, **SETTINGS), CellWork("a", ROWS, 5, 7, [], _folder(tmp_path / "a")))["a"]

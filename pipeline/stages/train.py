@@ -109,7 +109,7 @@ def _train_share(config: dict[str, Any]) -> None:
     for keys, devices in mine:
         trainer.group = groups.get(devices)
         if rank == devices[0]:
-            train_cells(plan, keys, store, trainer, config["board"], runtime)
+            train_cells(plan, keys, store, trainer, config["board"], runtime, len(devices))
         else:
             assist(plan, keys, store, trainer)
 
@@ -121,8 +121,8 @@ def assist(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer) -> N
             pass
 
 
-def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer, board: Any, runtime: Runtime) -> None:
-    """Train and commit the cells of these steps. One that fails is told to the board."""
+def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer, board: Any, runtime: Runtime, devices: int) -> None:
+    """Train and commit the cells of these steps, on so many devices together. One that fails is told to the board."""
 
     def failed(key: str, error: Exception) -> None:
         logging.getLogger(__name__).error("%s failed", key, exc_info=error)
@@ -143,7 +143,7 @@ def train_cells(plan: Plan, keys: Sequence[str], store: Store, trainer: Trainer,
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                commit_cell(store, plan.by_key[work.key], work, outcome, trainer.name, runtime.gpus_per_worker)
+                commit_cell(store, plan.by_key[work.key], work, outcome, trainer.name, devices, runtime.gpus_per_worker * devices)
             except Exception as error:  # noqa: BLE001  # as above
                 failed(work.key, error)
             else:
@@ -162,13 +162,13 @@ def cell_work(store: Store, step: Step, folder: Path) -> CellWork:
     return CellWork(step.key, rows, step.config["steps"], step.config["seed"], heldout_rows(store, step), folder)
 
 
-def commit_cell(store: Store, step: Step, work: CellWork, made: Trained, trainer: str, gpus: float) -> None:
+def commit_cell(store: Store, step: Step, work: CellWork, made: Trained, trainer: str, devices: int, gpus: float) -> None:
     objects: dict[str, bytes | Path | pa.Table] = {
         f"adapter/{path.name}": path for path in sorted(made.adapter.iterdir()) if path.suffix in (".safetensors", ".json")
     }
     objects |= {"train_log.parquet": to_table(made.log, TRAIN_LOG), "heldout.parquet": to_table(made.heldout, HELDOUT)}
     facts = {
-        "trainer": trainer, "rows": len(work.rows), "cut_rows": made.cut_rows, "tokens": sum(row["tokens"] for row in made.log),
+        "trainer": trainer, "devices": devices, "rows": len(work.rows), "cut_rows": made.cut_rows, "tokens": sum(row["tokens"] for row in made.log),
         "seconds": made.seconds, "gpu_seconds": gpus * made.seconds if gpus else None,
     }  # fmt: skip
     commit(store, step, objects, facts)

@@ -18,6 +18,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
+import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -206,10 +208,16 @@ class PackedTrainer:
         return buffer.getvalue()
 
     def _restore(self, cell: Running, state: bytes) -> None:
-        kept = torch.load(io.BytesIO(state), map_location=self._device, weights_only=True)
-        self._adapters.weights[cell.slot] = kept["weights"]
-        cell.optimizer.load_state_dict(kept["optimizer"])
-        cell.step, cell.seconds, cell.log = kept["step"], kept["seconds"], kept["log"]
+        """A state that cannot be read is as none: the cell begins anew, and ends the same."""
+        try:
+            kept = torch.load(io.BytesIO(state), map_location=self._device, weights_only=True)
+            weights, step, seconds, log = kept["weights"], kept["step"], kept["seconds"], kept["log"]
+            cell.optimizer.load_state_dict(kept["optimizer"])
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            logging.getLogger(__name__).warning("%s begins anew: its checkpoint cannot be read (%s)", cell.work.key, error)
+            return
+        self._adapters.weights[cell.slot] = weights
+        cell.step, cell.seconds, cell.log = step, seconds, log
 
     def _advance(self, cells: list[Running], watch: Watch) -> dict[Running, Exception]:
         """One step of each cell; those that end with an exception."""

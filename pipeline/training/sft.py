@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import tarfile
@@ -212,7 +213,12 @@ def _packed(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _unpacked(state: bytes, scratch: Path) -> str:
-    with tarfile.open(fileobj=io.BytesIO(state)) as archive:
-        archive.extractall(scratch, filter="data")
-        return str(scratch / archive.getnames()[0])
+def _unpacked(state: bytes, scratch: Path) -> str | None:
+    """The checkpoint's folder; None where it cannot be read, and the cell begins anew."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(state)) as archive:
+            archive.extractall(scratch, filter="data")
+            return str(scratch / archive.getnames()[0])
+    except tarfile.TarError as error:
+        logging.getLogger(__name__).warning("a checkpoint cannot be read (%s)", error)
+        return None
