@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import logging
-import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 MICRO_BATCH_TOKENS = 8192
 """Tokens of one forward and backward pass at most; a row longer than that stands alone."""
+CPU_MICRO_BATCH_TOKENS = 2048
+"""The same on a CPU, whose matrix products gain nothing from more: SmolLM2-135M keeps 1.4 MB of activations for each token."""
 LOGIT_ROWS = 512
 """Rows of logits at once: 512 x 49,152 in fp32 are 96 MiB."""
 RECOMPUTE_BELOW = 2048
@@ -52,25 +53,34 @@ def packed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, att
     """Causal attention of each row with the beginning that its group shares and itself: query (1, heads, tokens, dim).
 
     `row_lengths`: for each group the length of its shared beginning, which may be 0, then of each of its rows.
+    `row_masks`: for each row of a group that shares one, what is added to its scores.
     """
     settings: dict[str, Any] = {"scale": kwargs.get("scaling"), "enable_gqa": True}
-    groups = kwargs["row_lengths"]
+    groups, masks = kwargs["row_lengths"], iter(kwargs["row_masks"])
     flat = [length for group in groups for length in group]
     pieces = zip(*(torch.split(whole, flat, 2) for whole in (query, key, value)), strict=True)
     done = []
-    for group in groups:
+    for shared, *lengths in groups:
         first, first_key, first_value = next(pieces)
-        shared = group[0]
         if shared:
             done.append(functional.scaled_dot_product_attention(first, first_key, first_value, is_causal=True, **settings))
-        for q, k, v in itertools.islice(pieces, len(group) - 1):
-            if not shared:
+        for q, k, v in itertools.islice(pieces, len(lengths)):
+            if shared:
+                k, v = torch.cat([first_key, k], 2), torch.cat([first_value, v], 2)
+                done.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=next(masks), **settings))
+            else:
                 done.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
-                continue
-            mask = torch.ones(q.shape[2], shared + q.shape[2], dtype=torch.bool, device=q.device).tril(shared)
-            k, v = torch.cat([first_key, k], 2), torch.cat([first_value, v], 2)
-            done.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings))
     return torch.cat(done, 2).transpose(1, 2).contiguous(), None
+
+
+def row_masks(groups: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Of each row (tokens, shared + tokens): 0 where it may look and -inf ahead of it. Made once, not in every layer."""
+    return [
+        torch.full((length, shared + length), float("-inf"), dtype=dtype, device=device).triu_(shared + 1)
+        for shared, *lengths in groups
+        if shared
+        for length in lengths
+    ]
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -140,7 +150,7 @@ class PackedTrainer:
         self._model = peft_model(base, training, precision, self._device, "packed")
         self._adapters = Adapters(self._model, slots)
         self._model.eval()  # no dropout anywhere: training and evaluation are the same function
-        self._budget = MICRO_BATCH_TOKENS
+        self._budget = min(MICRO_BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS) if self._device.type == "cpu" else MICRO_BATCH_TOKENS
 
     def recompute(self) -> None:
         """From now on keep a layer's input only, and compute its activations a second time for the backward pass."""
@@ -213,7 +223,7 @@ class PackedTrainer:
             kept = torch.load(io.BytesIO(state), map_location=self._device, weights_only=True)
             weights, step, seconds, log = kept["weights"], kept["step"], kept["seconds"], kept["log"]
             cell.optimizer.load_state_dict(kept["optimizer"])
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # noqa: BLE001  # an unpickler of torn bytes raises whatever it stumbles over
             logging.getLogger(__name__).warning("%s begins anew: its checkpoint cannot be read (%s)", cell.work.key, error)
             return
         self._adapters.weights[cell.slot] = weights
@@ -342,7 +352,7 @@ class PackedTrainer:
         decoder = self._model.get_base_model()
         hidden = decoder.model(
             input_ids=torch.tensor([ids], device=self._device), position_ids=torch.tensor([positions], device=self._device), use_cache=False,
-            row_lengths=lengths,
+            row_lengths=lengths, row_masks=row_masks(lengths, decoder.dtype, self._device),
         ).last_hidden_state[0]  # fmt: skip
         states = hidden.index_select(0, torch.tensor(before, device=self._device, dtype=torch.long))
         wanted = torch.tensor(targets, device=self._device, dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -44,17 +45,21 @@ def common_prefix(rows: Sequence[Rendered]) -> int:
 def micro_batches(rows: Sequence[tuple[T, Rendered]], budget: int) -> Iterator[list[tuple[T, list[Rendered]]]]:
     """Rows with their owners, in order, in runs of at most `budget` tokens; a longer row stands alone.
 
-    Of each run: the owners, each with its rows of that run.
+    Of each run: the owners, each with its rows of that run. An owner whose rows fit into one run is not cut.
     """
     run: list[tuple[T, list[Rendered]]] = []
     tokens = 0
-    for owner, row in rows:
-        if run and tokens + len(row.ids) > budget:
-            yield run
-            run, tokens = [], 0
-        if not run or run[-1][0] is not owner:
-            run.append((owner, []))
-        run[-1][1].append(row)
-        tokens += len(row.ids)
+    for _, group in itertools.groupby(rows, key=lambda item: id(item[0])):
+        mine = list(group)
+        together = sum(len(row.ids) for _, row in mine)
+        for place, (owner, row) in enumerate(mine):
+            wanted = together if place == 0 and together <= budget else len(row.ids)
+            if run and tokens + wanted > budget:
+                yield run
+                run, tokens = [], 0
+            if not run or run[-1][0] is not owner:
+                run.append((owner, []))
+            run[-1][1].append(row)
+            tokens += len(row.ids)
     if run:
         yield run
