@@ -241,6 +241,12 @@ def test_cells_of_a_killed_process_go_on_and_end_with_the_same_bytes(base, tmp_p
         assert [entry["loss"] for entry in resumed[cell.key].log] == [entry["loss"] for entry in alone.log]
 
 
+def test_checkpoint_of_a_cell_in_company_is_as_large_as_of_one_alone(base, tmp_path):
+    outcomes(packed(base, 1), work(tmp_path / "one" / "cell0", 2), watch=InFolder(tmp_path / "alone"))
+    outcomes(packed(base, 5), work(tmp_path / "five" / "cell0", 2), watch=InFolder(tmp_path / "company"))
+    assert (tmp_path / "company" / "cell0").stat().st_size == (tmp_path / "alone" / "cell0").stat().st_size
+
+
 @pytest.mark.parametrize("state", [b"", b"torn", b"PK\x03\x04 torn"])
 def test_checkpoint_that_cannot_be_read_is_none(base, tmp_path, state):
     (tmp_path / "states").mkdir()

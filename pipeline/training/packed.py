@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ class PackedTrainer:
     def _state(self, cell: Running) -> bytes:
         buffer = io.BytesIO()
         kept = {"step": cell.step, "seconds": cell.seconds, "log": cell.log, "optimizer": cell.optimizer.state_dict()}
-        torch.save(kept | {"weights": self._adapters.weights[cell.slot].cpu()}, buffer)
+        torch.save(kept | {"weights": self._adapters.weights[cell.slot].clone()}, buffer)  # a view would be saved with all slots
         return buffer.getvalue()
 
     def _restore(self, cell: Running, state: bytes) -> None:
@@ -241,7 +242,7 @@ class PackedTrainer:
         for cell, counted, loss, norm in found:
             rate = learning_rate(cell.step, cell.work.steps, training.learning_rate, training.schedule, training.warmup_steps)
             cell.step += 1
-            if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 ended[cell] = FloatingPointError(f"step {cell.step}: loss {loss}, gradient norm {norm}; lower training.learning_rate")
             else:
                 self._update(cell, rate, norm)
