@@ -47,6 +47,8 @@ class Benchmark:
     open: Callable[[], AbstractContextManager[Sides]]
     at_most: float | None = None
     """The bar of an absolute one, in seconds."""
+    in_worker: bool = True
+    """Whether it is a worker's doing, whose environment is another than that of the command line."""
 
     @property
     def wanted(self) -> str:
