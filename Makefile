@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help grid plan doctor test test-long test-fast check format locks env clean clean-env
+.PHONY: help grid plan doctor test test-long test-fast bench bench-gpu check format locks env clean clean-env
 
 STUDY ?= laptop
 PYTHON ?= python3
@@ -33,6 +33,12 @@ test-long: env ## 17,600 rows behind an endpoint, killed five times: minutes
 
 test-fast: env ## the tests of the pure core: under a minute
 	$(BIN)/python -m pytest -m fast -n 2
+
+bench: env ## measure both sides of every claim about speed, write BENCHMARKS.md (hours; BENCH="packed prompts" for some)
+	RAY_ADDRESS= $(BIN)/python -m tests.bench $(BENCH)
+
+bench-gpu: ## tokens/s and memory of training on one GPU; needs torch, transformers, peft and bitsandbytes only
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.gpu.bench
 
 check: env ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -24,7 +24,10 @@ from tests.tools import MissingToolError, versitygw
 settings.register_profile("datadose", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.load_profile("datadose")
 
-LONG_FIRST = ("test_crash.py", "test_studies.py", "test_report_page.py", "test_rehearsal.py", "test_killed.py")
+LONG_FIRST = (
+    "test_crash.py", "test_studies.py", "test_training_runs.py", "test_training_shared.py", "test_trainers.py", "test_report_page.py", "test_rehearsal.py",
+    "test_killed.py",
+)  # fmt: skip
 REGION = "us-east-1"
 
 
