@@ -25,7 +25,7 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY)
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 3 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m real
 
 test-long: env ## 17,600 rows behind an endpoint, killed five times: minutes

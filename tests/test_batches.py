@@ -241,7 +241,7 @@ def test_run_killed_at_any_moment_makes_no_second_batch(server, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_study_killed_while_its_batches_wait_collects_them_and_ends(server, tmp_path, ray_address):
+def test_study_killed_while_its_batches_wait_collects_them_and_ends(server, tmp_path):
     server.restart(key=KEY, batch_s=4.0)
     study, store = tmp_path / "small.toml", tmp_path / "store"
     study.write_text(SMALL.replace("scripted/writer", NAME, 2).replace(f'base = "{NAME}"', 'base = "scripted/writer"').replace("scripted/longest", NAME))
@@ -256,7 +256,7 @@ def test_study_killed_while_its_batches_wait_collects_them_and_ends(server, tmp_
     process.wait()
     psutil.wait_procs(family, timeout=60)
     server.configure(batch_s=0.0)
-    ended = datadose("run", study, store=store, RAY_ADDRESS=ray_address, **setting)
+    ended = datadose("run", study, store=store, **setting)
     assert ended.returncode == 0, ended.stderr
     assert set(Counter(itertools.chain.from_iterable(server.batches)).values()) == {1}
     assert server.asked_after_delivery() == [record for record in server.requests if '"max_tokens": 1,' in record.body][1:]  # the preflight's

@@ -120,7 +120,7 @@ def test_worker_of_a_closed_run_is_closed_too():
             except OSError as error:
                 return str(error), os.environ.get("HF_HUB_OFFLINE")
 
-        print(*ray.get(reach.options(runtime_env=worker_environment({{}}, runtime, 1)).remote()))
+        print(*ray.get(reach.options(runtime_env=worker_environment({{}}, 1)).remote()))
         ray.shutdown()
     """)
     assert "outside the closed network" in out
