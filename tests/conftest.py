@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -144,6 +145,19 @@ class RayCluster:
     address: str
     control: Path
     crash: dict[str, str]
+    pid: int
+
+    def settled(self) -> None:
+        """Wait until the workers of runs that were killed are gone: one that Ray had started anew would go on for a moment."""
+        while workers := [child for child in psutil.Process(self.pid).children(recursive=True) if "Worker" in _name(child)]:
+            psutil.wait_procs(workers, timeout=60)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +178,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, RAY_AUTH_MODE="disabled", **crash)
         )
         assert process.stdout is not None
-        yield RayCluster(process.stdout.readline().strip(), folder / "control", crash)
+        yield RayCluster(process.stdout.readline().strip(), folder / "control", crash, process.pid)
         process.communicate("")
 
 
