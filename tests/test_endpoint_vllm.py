@@ -204,6 +204,7 @@ main(parser.parse_args())
 """
 
 
+@pytest.mark.long
 def test_answers_come_as_fast_as_vllms_own_benchmark_client_gets_them(served, tmp_path, monkeypatch):
     """In turns, the best of each: the same prompts, as many at once, ours with a journal."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
