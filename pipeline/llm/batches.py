@@ -1,9 +1,9 @@
 """The Batch API of endpoints that have one: questions go as a file and are answered within a day, at a lower price.
 
-A batch is never submitted twice, whenever the process dies. The id of its file is in the journal before the file becomes a
-batch, and the batch's own before it is waited for; a file that may have become one is first looked for among the endpoint's
-batches. Answers count as any others do, once they are journaled. What a batch leaves open (it expired, a line is missing, a
-passing error) goes into the next one.
+A kill at any moment does not submit a batch twice, unless the call that makes it is on its way for longer than the pause
+between two polls. The id of its file is in the journal before the file becomes a batch, and the batch's own before it is
+waited for; a file that may have become one is first looked for among the endpoint's batches. Answers count as any others
+do, once they are journaled. What a batch leaves open (it expired, a line is missing, a passing error) goes into the next one.
 
 OpenAI and Groq document the same protocol: lines of custom_id, method, url and body, POST /files with purpose batch, POST
 /batches with a window of 24 h, GET /batches/{id}, GET /files/{id}/content of output_file_id and error_file_id.

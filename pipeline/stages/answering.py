@@ -161,14 +161,16 @@ def answer(context: Context, steps: Steps, asked: Asked) -> Failed:
     if tally.check() is not None:
         raise EndpointStopped(f"{steps[0].stage}: {tally.reason}")
     before = spent(plan, store) if ModelName.parse(asked.model).behind_endpoint and plan.study.budget != Budget() else {}
+    kept = False
     try:
         failed, held = _round(context, steps, asked, tally, before, total, settled=False)
         if held:
             waiting = [step for step in steps if step.key in held]
             failed |= _round(context, waiting, asked, tally, before, total, settled=True)[0]
+        kept = asked.keep_engines and not failed  # an engine that died answers nobody any more
         return failed
     finally:
-        if not asked.keep_engines:
+        if not kept:
             end_engines()
 
 

@@ -13,7 +13,7 @@ import ray
 
 from pipeline.llm import Completion, LanguageModel, Request, engine_environment, open_model
 from pipeline.runtime import Runtime
-from pipeline.stages.workers import worker_environment
+from pipeline.stages.workers import root_cause, worker_environment
 from pipeline.study import ModelName, Study
 
 
@@ -24,10 +24,17 @@ class Engine:
         self._arguments = name, Runtime.model_validate_json(runtime), precision, adapters, rank
         self._model: LanguageModel | None = None
 
-    async def complete(self, request: Request) -> Completion:
-        if self._model is None:  # not in __init__: what is raised there reaches the caller as a dead actor, without its cause
+    async def open(self) -> LanguageModel:
+        """Not in __init__: what is raised there reaches the caller as a dead actor, without its cause."""
+        if self._model is None:
             self._model = open_model(*self._arguments)
-        return await self._model.complete(request)
+        return self._model
+
+    async def start(self) -> None:
+        await self.open()
+
+    async def complete(self, request: Request) -> Completion:
+        return await (await self.open()).complete(request)
 
 
 class RemoteEngine:
@@ -55,7 +62,10 @@ _running: list[_Running] = []
 
 
 def engines_for(name: str, runtime: Runtime, study: Study, adapters: int, workers: int) -> list[Any]:
-    """`workers` engines that answer for `name` with room for `adapters`: those that run, or new ones in place of those that run."""
+    """`workers` engines that answer for `name` with room for `adapters`: those that run, or new ones in place of those that run.
+
+    Raises what a model raises that cannot be opened, before anything is asked of it.
+    """
     wanted = ModelName.parse(name), study.precision, study.training.rank
     for running in _running:
         if running.what == wanted and running.adapters >= adapters and len(running.actors) >= workers:
@@ -68,6 +78,10 @@ def engines_for(name: str, runtime: Runtime, study: Study, adapters: int, worker
     arguments = name, runtime.model_dump_json(), study.precision, adapters, study.training.rank
     actors = [start.remote(*arguments) for _ in range(workers)]
     _running.append(_Running(wanted, adapters, actors))
+    try:
+        ray.get([actor.start.remote() for actor in actors])
+    except ray.exceptions.RayError as error:
+        raise root_cause(error) from error
     return actors
 
 
