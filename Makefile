@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help grid cluster plan doctor test test-fast test-k8s k8s-tools manifests images check format locks env clean clean-env
+.PHONY: help grid cluster plan doctor test test-long test-fast test-k8s k8s-tools manifests images bench bench-gpu check format locks env clean clean-env
 
 STUDY ?= laptop
 CONTEXT ?=
@@ -38,9 +38,12 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY) $(if $(CONTEXT),--context $(CONTEXT))
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not k8s" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long and not k8s" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20
-	RAY_ADDRESS= $(BIN)/python -m pytest -m real
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "real and not long"
+
+test-long: env ## 17,600 rows behind an endpoint, killed five times; its speed against vLLM's own client: minutes
+	RAY_ADDRESS= $(BIN)/python -m pytest -m long
 
 test-k8s: env ## the tests against a real control plane, which `make k8s-tools` builds
 	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20
@@ -50,6 +53,12 @@ k8s-tools: env ## build kube-apiserver, KubeRay, Kueue and what else the tests s
 
 test-fast: env ## the tests of the pure core: under a minute
 	$(BIN)/python -m pytest -m fast -n 2
+
+bench: env ## measure both sides of every claim about speed, write BENCHMARKS.md (hours; BENCH="packed prompts" for some)
+	RAY_ADDRESS= $(BIN)/python -m tests.bench $(BENCH)
+
+bench-gpu: ## tokens/s and memory of training on one GPU; needs torch, transformers, peft and bitsandbytes only
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.gpu.bench
 
 check: env ## lint, formatting and types
 	$(BIN)/ruff check .

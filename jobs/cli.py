@@ -27,10 +27,20 @@ OnCluster = Annotated[str, typer.Option("--context", metavar="CONTEXT", help="th
 
 
 @app.command()
-def plan(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) -> None:
-    """What would run, what it costs, what is done and what is missing."""
-    made = plan_of(study, rehearse)
-    described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
+def plan(
+    study: StudyName,
+    as_json: AsJson = False,
+    rehearse: Rehearse = False,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="show which of N GPUs trains which cells, and when")] = None,
+    speed: Annotated[Path | None, typer.Option(metavar="FILE", help="speed of a GPU as `make bench-gpu` measured it")] = None,
+) -> None:
+    """What would run, what it costs, what is done and what is missing; with --gpus, the training's schedule."""
+    made, runtime = plan_of(study, rehearse), runtime_from(os.environ)
+    described = describe(made, done_keys(open_store(runtime.store)))
+    if gpus:
+        from jobs.schedule import schedule_of
+
+        described["schedule"] = schedule_of(made, gpus, runtime, speed)
     if as_json:
         typer.echo(json.dumps(described, indent=1))
         return
@@ -57,6 +67,10 @@ def plan(study: StudyName, as_json: AsJson = False, rehearse: Rehearse = False) 
             f"smallest win rate that {limits['prompts']} prompts in {limits['clusters']} clusters tell from 0.50 (power 0.8, intracluster correlation "
             f"{limits['assumed_icc']} assumed): {alone} for one cell, {corrected} for all {len(described['cells'])} after Holm's correction"
         )
+    if gpus:
+        from jobs.schedule import print_schedule
+
+        print_schedule(described["schedule"])
 
 
 @app.command()

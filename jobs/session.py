@@ -112,6 +112,9 @@ def _stop_ray() -> None:
     if "ray" in sys.modules:
         import ray
 
+        from pipeline.stages.engines import end_engines
+
+        end_engines()
         ray.shutdown()
 
 

@@ -5,7 +5,8 @@ objects under keys unique to the attempt and then one manifest by conditional cr
 readers trust manifests and nothing else, so two drivers, a late attempt or a kill at any byte leave a whole step or none.
 
 Layout: `manifests/<stage>/<step>.json` (one listing tells what is done), `objects/<stage>/<step>/<attempt>/<name>`,
-`events/<study>/<run>.jsonl`, `journal/<stage>/<step>/<attempt>/<number>.jsonl` (pipeline.journal).
+`events/<study>/<run>.jsonl`, `journal/<stage>/<step>/<attempt>/<number>.jsonl` (pipeline.journal),
+`checkpoints/<stage>/<step>/<trainer>-<steps taken>-<attempt>` of cells under way (pipeline.stages.train).
 """
 
 from __future__ import annotations

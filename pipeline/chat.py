@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.tasks import Conversation
+if TYPE_CHECKING:
+    from pipeline.tasks import Conversation
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:

@@ -189,7 +189,7 @@ def write_companies(study: Study, runtime: Runtime, count: int, seed: int, path:
     teacher, workers = study.synthesis.teacher, min(runtime.answer_workers, count)
     options = {
         "num_cpus": 1, "num_gpus": runtime.gpus_per_worker, "max_concurrency": runtime.requests_in_flight,
-        "runtime_env": worker_environment(engine_environment(teacher, runtime), runtime, workers),
+        "runtime_env": worker_environment(engine_environment(teacher, runtime), workers),
     }  # fmt: skip
     limiter = limiter_for(teacher, runtime)
     writers = [ray.remote(Writer).options(**options).remote(study.model_dump_json(), runtime.model_dump_json(), seed, limiter) for _ in range(workers)]

@@ -3,7 +3,8 @@
 Objects `journal/<step>/<attempt>/<number>.jsonl`, a line per answer, each written whole under a name of its own: attempts
 that run at the same time never meet. Answers that wait are written together, one write at a time. The journal goes when
 its step is committed: the table then holds all of it. Models in process need none; what is lost with them is time, a
-shard at most, and the same seed gives the same answer again.
+shard at most, and the same seed gives the same answer again. What a batch at the endpoint needs to be found again is
+`journal/<step>/<digest of its file's id>/batch.json`.
 
 A folder store syncs an object's bytes before it gets its name: a kill of the process loses nothing, a power failure at
 most what the file system had not yet named.
@@ -17,6 +18,7 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import NotFoundError, Step, Store, digest
@@ -24,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.llm import Completion, Request
 
 FOLDER = "journal/"
+BATCH = "batch.json"
 
 
 def keys_of(requests: Iterable[Request]) -> list[str]:
@@ -42,6 +45,22 @@ def journaled_steps(store: Store) -> set[str]:
     return {name.removeprefix(FOLDER).rsplit("/", 2)[0] for name in store.list(FOLDER)}
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Questions that went to an endpoint as one file."""
+
+    file: str
+    """Its id at the endpoint."""
+    keys: list[str]
+    """Of the questions; the place of one is its custom id."""
+    form: int
+    """How they were written (llm.endpoint.Form)."""
+    id: str | None = None
+    """None: whether the file became a batch is not known."""
+    ended: bool = False
+    """Its answers are in the journal, or there is no such batch."""
+
+
 class Journal:
     """One attempt's hold on a step's journal. To be used from one event loop; the store is written in a thread."""
 
@@ -51,6 +70,19 @@ class Journal:
         self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
 
+    def batches(self) -> list[Batch]:
+        """Those of all attempts."""
+        found = []
+        for name in sorted(self._store.list(self._folder)):
+            if name.endswith(BATCH):
+                with contextlib.suppress(NotFoundError):  # another attempt has committed the step and cleared its journal
+                    found.append(Batch(**json.loads(self._store.read(name))))
+        return found
+
+    def note(self, batch: Batch) -> None:
+        """Returns when what is known of the batch is in the store."""
+        self._store.replace(f"{self._folder}{digest(batch.file)[:16]}/{BATCH}", json.dumps(vars(batch)).encode())
+
     def load(self) -> dict[str, Completion]:
         """Answers of all attempts by the key of their request. Of two the first counts, and an answer before a failure.
 
@@ -58,6 +90,8 @@ class Journal:
         """
         found: dict[str, Completion] = {}
         for name in sorted(self._store.list(self._folder)):
+            if name.endswith(BATCH):
+                continue
             try:
                 *lines, _torn = self._store.read(name).split(b"\n")
             except NotFoundError:  # another attempt has committed the step and cleared its journal

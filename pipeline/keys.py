@@ -15,6 +15,7 @@ from pipeline.runtime import Runtime
 from pipeline.study import ModelName
 
 GROQ_KEY = "GROQ_API_KEY"
+KEY_FILE = "DATADOSE_ENDPOINT_KEY_FILE"
 
 
 class Secret:
@@ -50,28 +51,31 @@ def read_key(model: ModelName, runtime: Runtime) -> Secret | None:
     Variable GROQ_API_KEY for groq; Runtime.endpoint_key_file, else the variable Runtime.endpoint_key_name for the others.
     Raises UserError where a key must be there and is not, or cannot be one; the message never holds it.
     """
-    if model.provider == "groq":
-        name, value = GROQ_KEY, os.environ.get(GROQ_KEY, "")
-        if not value.strip():
-            raise UserError(f"{GROQ_KEY} is not set, and {model} wants a key; put it into the environment of this process and of its workers")
-    elif runtime.endpoint_key_file is not None:
-        name, value = str(runtime.endpoint_key_file), _read(runtime.endpoint_key_file)
-    else:
-        name, value = runtime.endpoint_key_name, os.environ.get(runtime.endpoint_key_name, "")
-    value = value.strip()  # files end in a newline
+    source = key_source(model, runtime)
+    file = runtime.endpoint_key_file if source == KEY_FILE else None
+    value = (_read(file) if file else os.environ.get(source, "")).strip()  # files end in a newline
+    if not value and model.provider == "groq":
+        raise UserError(f"{GROQ_KEY} is not set, and {model} wants a key; put it into the environment of this process and of its workers")
     if not value:
         return None
     if not re.fullmatch(r"[!-~]+", value):
-        raise UserError(f"the key in {name} is none: wanted printable ASCII characters without a space; look at how it got there")
+        raise UserError(f"the key in {source} is none: wanted printable ASCII characters without a space; look at how it got there")
     return Secret(value)
+
+
+def key_source(model: ModelName, runtime: Runtime) -> str:
+    """The variable that holds the key, or that names its file. Not the file's own name: a key put there by mistake would show."""
+    if model.provider == "groq":
+        return GROQ_KEY
+    return runtime.endpoint_key_name if runtime.endpoint_key_file is None else KEY_FILE
 
 
 def _read(path: Path) -> str:
     try:
         value = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"the key file {path} cannot be read ({why}); mount it, or set DATADOSE_ENDPOINT_KEY_FILE to where it is") from None
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        why = (error.strerror or "an error") if isinstance(error, OSError) else "not text" if isinstance(error, UnicodeDecodeError) else "no such home"
+        raise UserError(f"the file that {KEY_FILE} names cannot be read ({why}); it wants the path of a mounted file that holds the key, not the key") from None
     if not value.strip():
-        raise UserError(f"the key file {path} is empty; put the key into it")
+        raise UserError(f"the file that {KEY_FILE} names is empty; put the key into it")
     return value

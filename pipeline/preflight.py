@@ -143,17 +143,22 @@ def endpoint(name: str, sampling: Sampling, runtime: Runtime) -> Check:
     """Whether the model answers, and what its endpoint lists that is near if it does not."""
     import asyncio
 
-    from pipeline.llm import Request, open_model
-    from pipeline.llm.endpoint import list_models
+    from pipeline.llm import Completion, Request
+    from pipeline.llm.endpoint import EndpointModel
+    from pipeline.llm.limiter import LocalLimiter
 
     remedy, hint = "Mend that first: every row would meet it", ""
-    request = Request([{"role": "user", "content": "Say yes."}], sampling.model_copy(update={"max_tokens": 1}), seed=0)
     model = ModelName.parse(name)
-    try:
-        client = open_model(name, runtime.model_copy(update={"endpoint_attempts": PROBES}), "float32")
-        listed = list_models(model, runtime)
+
+    async def ask() -> Completion:
+        nonlocal hint
+        client = EndpointModel(model, runtime.model_copy(update={"endpoint_attempts": PROBES}), LocalLimiter())
+        listed = await client.list_models()
         hint = f"; it lists others, {nearest(model.name, listed)}" if listed and model.name not in listed else ""
-        answer = asyncio.run(client.complete(request))
+        return await client.complete(Request([{"role": "user", "content": "Say yes."}], sampling.model_copy(update={"max_tokens": 1}), seed=0))
+
+    try:
+        answer = asyncio.run(ask())
     except EndpointStopped as error:
         return Check("endpoint", False, f"{error}{hint}", remedy)
     except UserError as error:

@@ -34,9 +34,21 @@ class Runtime(BaseModel):
     """Engines that write rows, answers and verdicts in parallel."""
     train_workers: PositiveInt = 1
     """Workers that train cells in parallel."""
+    trainer: Literal["auto", "packed", "trl", "unsloth"] = "auto"
+    """auto: unsloth on a GPU, packed on a CPU and wherever share_base or gang is more than 1."""
+    share_base: PositiveInt = 1
+    """Cells that a training worker trains at once over its one frozen base."""
+    gang: int = Field(1, ge=1, le=8)
+    """Training workers that may train one cell together, its global batch unchanged."""
+    checkpoint_every_s: float = Field(120.0, ge=0)
+    """Between two checkpoints of a cell: what a death of its worker loses at most."""
+    track: Literal["none", "tensorboard", "mlflow", "wandb"] = "none"
+    """Where else each step's loss, gradient norm, throughput and memory go."""
+    track_to: str | None = None
+    """TensorBoard: a folder; MLflow: a tracking URI; Weights & Biases: a project."""
     requests_in_flight: PositiveInt = 256
     """Requests that one engine works on at once."""
-    kv_cache_gib: PositiveFloat = 3.0
+    kv_cache_gib: PositiveFloat = 2.0
     """Memory for keys and values of an engine on a CPU."""
     memory_gib: PositiveFloat = 6.0
     """What a study needs at its peak; checked before the start."""
@@ -56,6 +68,10 @@ class Runtime(BaseModel):
     """Longest wait before the second attempt where the endpoint names none; it doubles with each."""
     endpoint_wait_cap_s: PositiveFloat = 120.0
     """Longest wait between two attempts, whatever the endpoint asks for."""
+    endpoint_batch: bool = False
+    """Ask by the endpoint's Batch API: at a lower price, within a day."""
+    endpoint_poll_s: PositiveFloat = 30.0
+    """Between two looks at a batch."""
     network: Literal["open", "closed"] = "open"
     """closed: only loopback, the store, endpoint_url and allowed_hosts can be reached from Python (pipeline.network)."""
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()

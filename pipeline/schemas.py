@@ -40,8 +40,9 @@ named it. attempts: requests sent for the row. first_byte_s, total_s: of the las
 SUBSET = _schema(row_id=_TEXT, fields=_FIELDS, conversation=_TEXT, answer=_TEXT)
 """The rows that a cell trains on, in the order of their ids. conversation: JSON, as the study's train_on says."""
 
-TRAIN_LOG = _schema(step=_INT, loss=_FLOAT, learning_rate=_FLOAT, grad_norm=_FLOAT, tokens=_INT, loss_tokens=_INT, seconds=_FLOAT)
-"""One row per optimizer step. loss: mean nats per loss token over the global batch."""
+TRAIN_LOG = _schema(step=_INT, loss=_FLOAT, learning_rate=_FLOAT, grad_norm=_FLOAT, tokens=_INT, loss_tokens=_INT, seconds=_FLOAT, memory_bytes=_INT)
+"""One row per optimizer step. loss: mean nats per loss token over the global batch. seconds: of the device, for this cell.
+memory_bytes: of the process on a CPU, at the peak so far on a GPU."""
 
 HELDOUT = _schema(row_id=_TEXT, nll=_FLOAT, tokens=_INT, prompt_ids=pa.list_(pa.int64()))
 """nll: summed negative log-likelihood in nats of the held-out answer under the cell. prompt_ids: as training renders it."""

@@ -56,6 +56,10 @@ class ModelName(Model):
     def behind_endpoint(self) -> bool:
         return self.provider in ENDPOINTS
 
+    @property
+    def has_engine(self) -> bool:
+        return self.provider == "vllm"
+
     def __str__(self) -> str:
         return f"{self.provider}/{self.name}" + (f"@{self.revision}" if self.revision else "")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -25,7 +26,10 @@ from tests.tools import MissingToolError, versitygw
 settings.register_profile("datadose", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.load_profile("datadose")
 
-LONG_FIRST = ("test_crash.py", "test_studies.py", "test_report_page.py", "test_rehearsal.py", "test_killed.py")
+LONG_FIRST = (
+    "test_crash.py", "test_studies.py", "test_training_runs.py", "test_training_shared.py", "test_trainers.py", "test_report_page.py", "test_rehearsal.py",
+    "test_killed.py",
+)  # fmt: skip
 REGION = "us-east-1"
 
 
@@ -142,6 +146,19 @@ class RayCluster:
     address: str
     control: Path
     crash: dict[str, str]
+    pid: int
+
+    def settled(self) -> None:
+        """Wait until the workers of runs that were killed are gone: one that Ray had started anew would go on for a moment."""
+        while workers := [child for child in psutil.Process(self.pid).children(recursive=True) if "Worker" in _name(child)]:
+            psutil.wait_procs(workers, timeout=60)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture(scope="session")
@@ -149,13 +166,13 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     """A Ray cluster of the tests' own: runs attach to it in a second instead of starting one each."""
     folder = tmp_path_factory.mktemp("ray")
     crash = {"PYTHONPATH": str(ROOT / "tests" / "crash"), "CRASH_CONTROL": str(folder / "control")}
-    with started_ray(folder, **crash) as address:
-        yield RayCluster(address, folder / "control", crash)
+    with started_ray(folder, **crash) as (address, pid):
+        yield RayCluster(address, folder / "control", crash, pid)
 
 
 @contextlib.contextmanager
-def started_ray(folder: Path, **extra: str) -> Iterator[str]:
-    """The address of a Ray cluster whose workers have this environment.
+def started_ray(folder: Path, **extra: str) -> Iterator[tuple[str, int]]:
+    """Address and process of a Ray cluster whose workers have this environment.
 
     Without tokens, which embedded ones turn on: whether to send one is read when Ray is imported, before the runs are forked.
     """
@@ -169,7 +186,7 @@ def started_ray(folder: Path, **extra: str) -> Iterator[str]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder, RAY_AUTH_MODE="disabled", **extra)
         )
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().strip(), process.pid
         process.communicate("")
 
 

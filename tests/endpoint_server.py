@@ -48,6 +48,23 @@ ODD = ("drip", "length", "refusal", "content_filter", "think_tags", "think_unclo
 """Answers that are complete. clock_*: the server's clock, in Date and in epoch reset headers, is ten years off."""
 FAULTS = (*LIMITED, *REFUSED, *BROKEN, *ODD)
 _COMPLETE = {None, "twice", *ODD}
+BATCH_FAULTS = (
+    "upload_503",
+    "create_503",
+    "create_lost",
+    "status_503",
+    "download_reset",
+    "failed",
+    "full",
+    "bad_line",
+    "expired",
+    "cancelled",
+    "missing",
+    "messy",
+)
+"""Of the Batch API. create_lost: the batch is made and its answer is not sent. *_503, download_reset: the first of these calls fails.
+failed, full: the file is refused, for good or because too much is queued. bad_line: its second line is refused. expired: half of its lines
+were not reached. cancelled: none was. missing: some lines are in no file. messy: lines twice, torn, of nobody, and no JSON."""
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _ERRORS = {
@@ -92,8 +109,18 @@ class Settings:
     """How far its wall clock is off: in Date, in Retry-After as a date, in epoch and ISO resets."""
     drip_s: float = 0.1
     """Between two bytes of a body that drips."""
+    batches: bool = True
+    """Whether there is a Batch API."""
+    batch_s: float = 0.0
+    """How long a batch takes."""
+    batch_script: Sequence[str | None] = ()
+    """One of BATCH_FAULTS, by number of the uploaded file, from 0."""
+    batch_page: int = 100
+    """How many batches a page of their list has at most."""
 
     def __post_init__(self) -> None:
+        if unknown := set(self.batch_script) - {None, *BATCH_FAULTS}:
+            raise ValueError(f"unknown faults {unknown}; there are {', '.join(BATCH_FAULTS)}")
         for name in [*self.script, *self.each, *self.since, *self.chances]:
             if name is not None and name not in FAULTS:
                 raise ValueError(f"unknown fault {name!r}; there are {', '.join(FAULTS)}")
@@ -115,6 +142,8 @@ class Record:
     attempt: int
     """How often this question was asked before."""
     key_present: bool
+    text: str
+    """What a well-behaved answer says."""
     tokens: int
     """Of prompt and answer, as usage has them."""
     fault: str | None = None
@@ -125,6 +154,8 @@ class Record:
     over_limit: bool = False
     delivered_at: float | None = None
     """When a complete answer had been handed over; None where it was not."""
+    batch: str | None = None
+    """In which it came, if in one."""
 
 
 def question_of(body: Mapping[str, Any]) -> str:
@@ -221,6 +252,12 @@ class EndpointServer:
         if not self._call("wait", {"count": count, "timeout_s": timeout_s}):
             raise TimeoutError(f"fewer than {count} requests came within {timeout_s} s")
 
+    @property
+    def batches(self) -> list[list[str]]:
+        """The questions of each batch that was made, in their order."""
+        found: list[list[str]] = self._call("batches", None)
+        return found
+
     def delivered(self) -> Counter[str]:
         """Question -> how many complete answers to it were handed over."""
         return Counter(record.question for record in self.requests if record.delivered_at is not None)
@@ -303,6 +340,7 @@ class _Server:
 
     def forget(self, settings: Settings) -> None:
         self.settings = settings
+        self.batches = _Batches(self)
         self.records: list[Record] = []
         self.attempts: Counter[str] = Counter()
         self.requests, self.tokens = _Window(), _Window()
@@ -324,6 +362,8 @@ class _Server:
                 self.settings = Settings(**argument)
             elif command == "wait":
                 result = await self._wait(**argument)
+            elif command == "batches":
+                result = self.batches.questions()
             else:
                 result = [vars(record) for record in self.records]
             sys.stdout.write(json.dumps(result) + "\n")
@@ -341,11 +381,11 @@ class _Server:
 
     def record(self, body: bytes, authorization: str) -> tuple[Record, dict[str, Any]]:
         asked = json.loads(body)
-        question = question_of(asked)
+        question, text = question_of(asked), _content(asked)
         prompt = sum(len(message["content"]) for message in asked["messages"]) // 4 + 1
         record = Record(
             number=len(self.records), at=time.monotonic(), question=question, body_digest=hashlib.sha256(body).hexdigest()[:16], body=body.decode(),
-            attempt=self.attempts[question], key_present=bool(authorization), tokens=prompt + len(_content(asked).split()),
+            attempt=self.attempts[question], key_present=bool(authorization), text=text, tokens=prompt + len(text.split()),
         )  # fmt: skip
         self.attempts[question] += 1
         self.records.append(record)
@@ -374,13 +414,13 @@ class _Server:
         """What is answered, which `record.fault` may still keep from arriving."""
         settings = self.settings
         if settings.key is not None and authorization != f"Bearer {settings.key}":
-            return self._error(401, authorization)
+            return self.error(401, authorization)
         if asked["model"] not in settings.models:
-            return self._error(404, authorization, f"The model `{asked['model']}` does not exist or you do not have access to it.")
+            return self.error(404, authorization, f"The model `{asked['model']}` does not exist or you do not have access to it.")
         if unknown := [name for name in settings.refuses if name in asked]:
-            return self._error(400, authorization, f"property '{unknown[0]}' is unsupported")
+            return self.error(400, authorization, f"property '{unknown[0]}' is unsupported")
         if (wait := self._over_limit(record)) is not None:
-            record.over_limit, reply = True, self._error(429, authorization)
+            record.over_limit, reply = True, self.error(429, authorization)
             if settings.limit_style is not None:
                 record.retry_after_s = math.ceil(wait)
                 reply.headers |= {"retry-after": f"{record.retry_after_s}", **self._limits(record.at, settings.clock_s)}
@@ -390,7 +430,7 @@ class _Server:
         reply.headers = {**self._limits(record.at, settings.clock_s + reply.clock_s), **reply.headers}
         return reply
 
-    def _error(self, status: int, authorization: str, message: str = "try something else") -> _Reply:
+    def error(self, status: int, authorization: str, message: str = "try something else") -> _Reply:
         # Endpoints do repeat what they were sent, keys too.
         told = f"{message} (you sent Authorization: {authorization})" if authorization else message
         error = {"message": told, "type": _ERRORS[status], "param": None, "code": _ERRORS[status]}
@@ -422,12 +462,12 @@ class _Server:
         if fault in LIMITED:
             return self._limited(record, fault, authorization)
         if fault in REFUSED:
-            reply = self._error(int(fault[:3]), authorization)
+            reply = self.error(int(fault[:3]), authorization)
             if fault == "307":
                 reply.headers["location"] = self.settings.redirect_to
             return reply
         if fault == "error_in_200":
-            return dataclasses.replace(self._error(500, authorization), status=200)
+            return dataclasses.replace(self.error(500, authorization), status=200)
         payload = self._completion(record, asked)
         if fault == "repeated":
             others = [said for said in self.said if said[0] != record.question]
@@ -450,7 +490,7 @@ class _Server:
 
     def _limited(self, record: Record, fault: str, authorization: str) -> _Reply:
         wait = record.retry_after_s = self.settings.retry_after_s
-        reply = self._error(429, authorization)
+        reply = self.error(429, authorization)
         if fault == "429":
             record.retry_after_s = None
         elif fault == "429_seconds":
@@ -463,7 +503,7 @@ class _Server:
         return reply
 
     def _completion(self, record: Record, asked: dict[str, Any]) -> dict[str, Any]:
-        fault, model, text = record.fault, asked["model"], _content(asked)
+        fault, model, text = record.fault, asked["model"], record.text
         words, finish = text.split(), "stop"
         most = asked.get("max_completion_tokens") or asked.get("max_tokens")
         if most is not None and len(words) > most:
@@ -495,11 +535,156 @@ class _Server:
     def models(self, authorization: str) -> _Reply:
         settings = self.settings
         if settings.key is not None and authorization != f"Bearer {settings.key}":
-            return self._error(401, authorization)
+            return self.error(401, authorization)
         if settings.models_status != 200:
             return _Reply(settings.models_status, b'{"error": {"message": "not here"}}')
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in settings.models]
         return _Reply(200, json.dumps({"object": "list", "data": listed}).encode())
+
+
+class _Batches:
+    """Files of questions, and what became of them. A batch is worked off when it is first looked at after `batch_s`."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._files: dict[str, tuple[bytes, list[Record]]] = {}
+        """Content, and the requests whose answers it has."""
+        self._made: dict[str, dict[str, Any]] = {}
+        self._ready_at: dict[str, float] = {}
+        self._faults: dict[str, str | None] = {}
+        """By file, once: a fault of a call passes when it was met."""
+
+    def questions(self) -> list[list[str]]:
+        return [[question_of(line["body"]) for line in self._lines(batch)] for batch in self._made.values()]
+
+    def answer(self, method: str, path: str, authorization: str, body: bytes) -> _Reply | None:
+        """None: the connection is reset, where the answer was to be."""
+        settings = self._server.settings
+        if settings.key is not None and authorization != f"Bearer {settings.key}":
+            return self._server.error(401, authorization)
+        path, _, query = path.removeprefix("/v1/").partition("?")
+        if not settings.batches:
+            return self._server.error(404, authorization, "Unknown request URL")
+        kind, name = path.partition("/")[::2]
+        if (method, path) == ("POST", "files"):
+            return self._upload(body)
+        if (method, path) == ("POST", "batches"):
+            return self._make(json.loads(body))
+        if (method, path) == ("GET", "batches"):
+            return self._list(dict(part.split("=") for part in query.split("&")))
+        if method == "GET" and kind == "batches" and name in self._made:
+            return self._look(name)
+        if method == "GET" and kind == "files" and (file := name.removesuffix("/content")) in self._files:
+            return self._download(file)
+        return self._server.error(404, authorization, f"no {path}")
+
+    def _once(self, file: str, fault: str) -> bool:
+        if self._faults.get(file) != fault:
+            return False
+        self._faults[file] = None
+        return True
+
+    def _upload(self, body: bytes) -> _Reply:
+        boundary = body.partition(b"\r\n")[0]
+        fields = {}
+        for part in body.split(boundary)[1:-1]:
+            head, _, content = part.partition(b"\r\n\r\n")
+            fields[head.partition(b'name="')[2].partition(b'"')[0]] = content.removesuffix(b"\r\n")
+        assert fields[b"purpose"] == b"batch"
+        number, script = len(self._faults), self._server.settings.batch_script
+        file = f"file-{number}"
+        self._faults[file] = script[number] if number < len(script) else None
+        if self._once(file, "upload_503"):
+            return self._server.error(503, "")
+        self._files[file] = (fields[b"file"], [])
+        return _json({"id": file, "object": "file", "purpose": "batch", "bytes": len(fields[b"file"])})
+
+    def _make(self, asked: dict[str, Any]) -> _Reply | None:
+        file = asked["input_file_id"]
+        assert (asked["endpoint"], asked["completion_window"]) == ("/v1/chat/completions", "24h")
+        if self._once(file, "create_503"):
+            return self._server.error(503, "")
+        name = f"batch_{len(self._made)}"
+        self._made[name] = {"id": name, "object": "batch", "input_file_id": file, "status": "validating", "created_at": int(time.time()), **asked}
+        self._ready_at[name] = time.monotonic() + self._server.settings.batch_s
+        return None if self._once(file, "create_lost") else _json(self._made[name])
+
+    def _list(self, query: dict[str, str]) -> _Reply:
+        names = list(reversed(self._made))
+        start = names.index(query["after"]) + 1 if "after" in query else 0
+        most = min(int(query["limit"]), self._server.settings.batch_page)
+        page = [self._made[name] for name in names[start : start + most]]
+        return _json({"object": "list", "data": page, "has_more": start + most < len(names)})
+
+    def _look(self, name: str) -> _Reply:
+        batch = self._made[name]
+        if self._once(batch["input_file_id"], "status_503"):
+            return self._server.error(503, "")
+        if batch["status"] == "validating" and time.monotonic() >= self._ready_at[name]:
+            self._work(name)
+        return _json(batch)
+
+    def _lines(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._files[batch["input_file_id"]][0].splitlines()]
+
+    def _work(self, name: str) -> None:
+        batch = self._made[name]
+        fault, lines = self._faults[batch["input_file_id"]], self._lines(batch)
+        refusals = {
+            "failed": {"code": "invalid_file", "message": "the file cannot be read", "line": None},
+            "full": {"code": "token_limit_exceeded", "message": "Enqueued token limit reached", "line": None},
+            "bad_line": {"code": "invalid_line", "message": "not like this", "line": 2},
+        }
+        if fault in refusals:
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [refusals[fault]]}}
+            return
+        reached = {"expired": len(lines) // 2, "cancelled": 0}.get(str(fault), len(lines))
+        out, bad = list[str](), list[str]()
+        records = []
+        for place, line in enumerate(lines):
+            assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
+            if place >= reached:
+                error = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
+                bad.append(json.dumps({"id": f"r{place}", "custom_id": line["custom_id"], "response": None, "error": error}))
+                continue
+            if fault == "missing" and place % 3 == 1:
+                continue
+            record, asked = self._server.record(json.dumps(line["body"]).encode(), "")
+            record.batch = name
+            reply = self._server.reply(record, asked, f"Bearer {self._server.settings.key}")
+            record.status = reply.status
+            good = reply.status == 200 and record.fault in _COMPLETE
+            try:
+                said = json.loads(reply.body)
+            except ValueError:
+                said = None
+            if record.fault in ("reset", "reset_midbody", "hang", "short_body"):
+                reply.status, said = 500, {"error": {"message": "the worker died"}}
+            response = {"status_code": reply.status, "request_id": f"q{record.number}", "body": said}
+            (out if reply.status == 200 else bad).append(json.dumps({"id": f"r{place}", "custom_id": line["custom_id"], "response": response, "error": None}))
+            if good:
+                records.append(record)
+        if fault == "messy":
+            random.Random(0).shuffle(out)
+            out = [*out, out[0], json.dumps({"custom_id": "9999", "response": {}}), "[]", '"', json.dumps({"custom_id": "-1"}), '{"custom_id": "0", "resp']
+        batch["status"] = fault if fault in ("expired", "cancelled") else "completed"
+        for kind, content in (("output", out), ("error", bad)):
+            if content:
+                batch[f"{kind}_file_id"] = f"file-{kind}-{name}"
+                self._files[f"file-{kind}-{name}"] = ("\n".join(content).encode(), records if kind == "output" else [])
+
+    def _download(self, file: str) -> _Reply | None:
+        content, records = self._files[file]
+        source = self._made.get(file.rpartition("-")[2], {}).get("input_file_id", "")
+        if self._once(source, "download_reset"):
+            return _Reply(200, content[: len(content) // 2], promised=len(content))
+        for record in records:
+            record.delivered_at = record.delivered_at or time.monotonic()
+        return _Reply(200, content)
+
+
+def _json(value: Any) -> _Reply:
+    return _Reply(200, json.dumps(value).encode())
 
 
 def _reset(seconds: float, style: str, clock_s: float) -> str:
@@ -552,8 +737,7 @@ class _Connection(asyncio.Protocol):
     def _serve(self, method: str, path: str, authorization: str, body: bytes) -> None:
         server, later = self._server, asyncio.get_running_loop().call_later
         if (method, path) != ("POST", "/v1/chat/completions"):
-            listed = (method, path) == ("GET", "/v1/models")
-            self._send(server.models(authorization) if listed else _Reply(404, b'{"error": {"message": "no such path"}}'), None)
+            self._serve_other(method, path, authorization, body)
             return
         if self._said is not None:
             server.said.append(self._said)
@@ -571,6 +755,18 @@ class _Connection(asyncio.Protocol):
             later(server.settings.latency_s, self._send, reply, record)
         else:
             self._send(reply, record)
+
+    def _serve_other(self, method: str, path: str, authorization: str, body: bytes) -> None:
+        if path == "/v1/models":
+            reply: _Reply | None = self._server.models(authorization)
+        else:
+            reply = self._server.batches.answer(method, path, authorization, body)
+        if reply is None:
+            self._reset_connection()
+            return
+        self._send(reply, None)
+        if reply.promised is not None:
+            self._transport.close()
 
     def _send(self, reply: _Reply, record: Record | None) -> None:
         if self._transport.is_closing():

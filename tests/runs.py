@@ -130,7 +130,7 @@ def contents(store: Path) -> dict[str, tuple[str, int]]:
 
 
 def tables(store: Path) -> dict[str, object]:
-    """Content of every committed table and adapter, by step; clocks left out."""
+    """Content of every committed table and adapter, by step; clocks and memory left out."""
     found: dict[str, object] = {}
     for path in sorted((store / "manifests").rglob("*.json")):
         manifest = json.loads(path.read_text())
@@ -138,7 +138,9 @@ def tables(store: Path) -> dict[str, object]:
             data = store / item["key"]
             if name.endswith(".parquet"):
                 table = pq.read_table(data)
-                found[f"{manifest['step']}/{name}"] = table.drop_columns([column for column in ("seconds",) if column in table.column_names]).to_pylist()
+                found[f"{manifest['step']}/{name}"] = table.drop_columns(
+                    [column for column in ("seconds", "memory_bytes") if column in table.column_names]
+                ).to_pylist()
             elif "adapter" in name:
                 found[f"{manifest['step']}/{name}"] = data.read_bytes()
     return found

@@ -18,6 +18,7 @@ def test_study_killed_before_and_after_every_commit_ends_as_an_undisturbed_one(t
         process = start("run", small_study, store=store, RAY_ADDRESS=ray_cluster.address, **ray_cluster.crash)
         ray_cluster.control.write_text(f"{('before', 'after')[kills % 2]} {process.pid}")
         ended = process.wait(timeout=300)
+        ray_cluster.settled()
         after = contents(store)
         assert {name: after[name] for name in committed} == committed, "a committed step was built again"
         if ended.returncode == 0:

@@ -21,7 +21,7 @@ from pipeline.plan import make_plan
 from pipeline.preflight import endpoints, preflight
 from pipeline.runtime import Runtime
 from pipeline.study import ModelName, Sampling, Study, load_study, parse
-from tests.endpoint_server import EndpointServer, answer_text
+from tests.endpoint_server import EndpointServer, answer_text, peak
 from tests.runs import ROOT, SMALL, environment
 
 CANARY = "sk-canary-0123456789abcdef"
@@ -207,7 +207,7 @@ def test_key_is_sent_and_seen_nowhere_else(caplog: pytest.LogCaptureFixture, cap
         opened = open_model("openai-compatible/small", runtime(server), "float32")
         answers = [asyncio.run(opened.complete(request(seed=seed))) for seed in range(3)]
         server.configure(key="another")
-        with pytest.raises(EndpointStopped) as stopped:
+        with pytest.raises(EndpointStopped, match="OPENAI_API_KEY holds a wrong one") as stopped:
             asyncio.run(opened.complete(request(seed=9)))
         assert server.requests[0].key_present
     assert "***" in str(answers[0].reason)  # the server repeats what it was sent
@@ -233,6 +233,9 @@ def test_key_that_is_missing_or_cannot_be_one_raises_user_error_without_it(tmp_p
         read_key(ModelName.parse("groq/any"), runtime())
     with pytest.raises(UserError, match="cannot be read"):
         read_key(ModelName.parse("openai-compatible/any"), runtime(endpoint_key_file=tmp_path / "none"))
+    with pytest.raises(UserError, match="DATADOSE_ENDPOINT_KEY_FILE") as pasted:
+        read_key(ModelName.parse("openai-compatible/any"), runtime(endpoint_key_file=CANARY))
+    assert CANARY not in str(pasted.value)
     monkeypatch.setenv("OPENAI_API_KEY", f"{CANARY}\n{CANARY}")
     with pytest.raises(UserError, match="without a space") as error:
         read_key(ModelName.parse("openai-compatible/any"), runtime())
@@ -322,6 +325,7 @@ def test_name_behind_an_endpoint_is_kept_whole_and_has_no_revision():
 
 SHARING = """
 import asyncio
+import json
 import ray
 from pipeline.llm.limiter import Observation, Report, limiter_for
 from pipeline.runtime import Runtime
@@ -332,34 +336,36 @@ ensure_ray(where)
 limiters = [limiter_for("openai-compatible/small", where) for _ in range(2)]
 
 @ray.remote(num_cpus=0)
-def taken(limiter, told, wanted):
+def taken(limiter, told, wanted, timeout_s):
     async def one():
-        limiter.report(Report(await limiter.acquire(1), 1, observed=told))
+        permit = await limiter.acquire(1)
+        limiter.report(Report(permit, 1, observed=told))
+        return permit.granted
 
     async def main():
         tasks = [asyncio.ensure_future(one()) for _ in range(wanted)]
-        done, waiting = await asyncio.wait(tasks, timeout=3)
+        done, waiting = await asyncio.wait(tasks, timeout=timeout_s)
         for task in waiting:
             task.cancel()
         await asyncio.sleep(0.1)
-        return len(done)
+        return [task.result() for task in done]
 
     return asyncio.run(main())
 
-print(ray.get(taken.remote(limiters[0], (Observation("requests", "minute", 60, None, None),), 1)))
-print(sum(ray.get([taken.remote(limiter, (), 50) for limiter in limiters])))
+print(ray.get(taken.remote(limiters[0], (Observation("requests", "minute", 60, None, None),), 1, 60))[0])
+print(json.dumps(sum(ray.get([taken.remote(limiter, (), 50, 5) for limiter in limiters]), [])))
 ray.shutdown()
 """
-"""Permits that actors get within three seconds, once one of them was told of a limit of one a second."""
+"""When actors get their permits, by the desk's clock, once one of them was told of a limit of one a second."""
 
 
 def test_actors_of_a_run_share_one_limit(ray_address: str, tmp_path: Path):
     command = [sys.executable, "-c", SHARING]
     run = subprocess.run(command, cwd=ROOT, env=environment(tmp_path, RAY_ADDRESS=ray_address), capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
-    first, shared = map(int, run.stdout.split())
-    assert first == 1
-    assert 2 <= shared <= 6
+    first, shared = map(json.loads, run.stdout.splitlines())
+    assert len(shared) >= 3
+    assert peak(sorted([first, *shared]), 3.0) <= 5
 
 
 def test_requests_of_one_process_stay_within_the_limit_that_the_first_answer_told():

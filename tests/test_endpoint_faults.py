@@ -5,6 +5,7 @@ Whatever the server does, every row ends ok or with a reason, nothing is asked a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import EndpointStopped, UserError
 from pipeline.llm import Completion, Request, open_model
-from pipeline.llm.endpoint import list_models
+from pipeline.llm.endpoint import EndpointModel
 from pipeline.llm.limiter import LocalLimiter
 from pipeline.runtime import Runtime
 from pipeline.schemas import STATUSES
@@ -305,7 +306,7 @@ def test_key_shows_in_no_log_no_output_no_exception_and_no_repr(server, caplog, 
     server.restart(key="another")
     runtime = Runtime(endpoint_url=server.url)
     with pytest.raises(UserError) as refused:
-        list_models(ModelName.parse(NAME), runtime)
+        asyncio.run(EndpointModel(ModelName.parse(NAME), runtime, LocalLimiter()).list_models())
     shown += everything_of(refused.value)
     model = open_model(NAME, runtime, "float32")
     shown += [repr(model), str(vars(model)), repr(runtime)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.endpoint_server import EndpointServer, Record
-from tests.runs import SMALL, contents, datadose, start
+from tests.endpoint_server import FAULTS, LIMITED, EndpointServer, Record
+from tests.runs import ROOT, SMALL, Run, contents, datadose, start
 
 MODEL = "openai-compatible/small"
 IN_FLIGHT = 4
@@ -63,26 +65,68 @@ def test_ledger_has_what_the_endpoint_counted_and_the_journals_are_gone(tmp_path
     assert not any(name.startswith("journal/") for name in contents(store))
 
 
+def killed(process: Run) -> None:
+    """With its whole family, as when a machine dies."""
+    family = [*process.family(), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=60)
+    process.wait()
+
+
 @pytest.mark.timeout(600)
 def test_study_killed_on_the_way_asks_twice_at_most_for_what_was_under_way(tmp_path):
     store, kills = tmp_path / "store", (9, 20)
     with EndpointServer(latency_s=0.2) as server:
         for count in kills:
-            before = len(of_rows(server.requests))
-            process = start(study(tmp_path), store, **setting(server))
-            while len(of_rows(server.requests)) - before < count:
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.05)  # polls another program's requests
-            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            for member in family:
-                member.kill()
-            psutil.wait_procs(family, timeout=60)
-            process.communicate()
+            before = len(server.requests)
+            process = start("run", study(tmp_path), store=store, **setting(server))
+            server.wait_for(before + 1 + count)  # the preflight's is one
+            killed(process)
         run = datadose("run", study(tmp_path), store=store, **setting(server))
         assert run.returncode == 0, run.stderr
         assert len(of_rows(server.asked_after_delivery())) <= IN_FLIGHT * len(kills)
         assert len(of_rows(server.requests)) <= 27 + 18 + IN_FLIGHT * len(kills)
     assert sum(part["ok"] + part["quarantined"] for part in facts(store, "synthesize")) == 27
+
+
+STOPPING = {"401", "403", "404_model"}
+"""Faults that no later row could escape: they stop the stage, and have tests of their own."""
+KINDS = [fault for fault in FAULTS if fault not in STOPPING | set(LIMITED)]
+BAD_WEATHER = {fault: 0.05 / (len(KINDS) + 1) for fault in KINDS} | {fault: 0.05 / (len(KINDS) + 1) / len(LIMITED) for fault in LIMITED}
+"""5 % of all requests, every kind as often as any other; refusals for the rate are one kind, whatever they say."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("rows", "kills"), [(1760, 2), pytest.param(17600, 5, marks=pytest.mark.long)])
+def test_rows_in_bad_weather_and_after_kills_are_all_ok_or_quarantined_with_a_reason(tmp_path, rows, kills):
+    store, in_flight, dice = tmp_path / "store", 64, random.Random(rows)
+    text = (ROOT / "jobs/studies/paper.toml").read_text()
+    for old, new in (("vllm/unsloth/llama-3-8b-Instruct", MODEL), ("unsloth/llama-3-8b-Instruct", "scripted/writer")):
+        text = text.replace(f'"{old}"', f'"{new}"')
+    path = tmp_path / "paper.toml"
+    path.write_text(text.replace("[synthesis]", f"[synthesis]\nrows = {rows}"))
+    arguments = ("run", path, "--only", "synthesize")
+    with EndpointServer(chances=BAD_WEATHER, seed=SPARING, retry_after_s=0.02, drip_s=0.001, latency_s=0.001, redirect_to="/v1/chat/completions") as server:
+        settings = setting(server) | {"DATADOSE_REQUESTS_IN_FLIGHT": str(in_flight), "DATADOSE_ENDPOINT_TIMEOUT_S": "5"}
+        for count in sorted(dice.sample(range(100, rows), kills)):
+            process = start(*arguments, store=store, **settings)
+            server.wait_for(count, timeout_s=600)
+            killed(process)
+        run = datadose(*arguments, store=store, **settings)
+        assert run.returncode == 0, run.stderr
+        asked, again = of_rows(server.requests), of_rows(server.asked_after_delivery())
+    met = Counter(record.fault for record in asked)
+    print(f"{len(asked)} requests for {rows} rows, {len(again)} repeated after {kills} kills; faults met: {dict(met)}")
+    assert len(again) <= in_flight * kills
+    shards = facts(store, "synthesize")
+    assert sum(part["rows"] for part in shards) > rows, "rows for training, and some held out"
+    for part in shards:
+        assert part["ok"] + part["quarantined"] == part["rows"]
+        assert sum(part["reasons"].values()) == part["quarantined"]
+        assert all(":" in reason for reason in part["reasons"])
+    assert rows < 10_000 or (met.keys() >= {None, *KINDS} and met.keys() & set(LIMITED))
 
 
 def test_run_that_reaches_its_budget_ends_with_3_and_goes_on_with_a_larger_one(tmp_path, ray_address):
@@ -129,5 +173,5 @@ def test_failed_rows_within_the_studys_share_are_quarantined_with_their_reasons_
     told = results(store)["rows"]
     for split in told.values():
         assert split["ok"] + split["quarantined"] == split["asked"]
-    assert sum(split.get("error", 0) for split in told.values()) == sum(part["quarantined"] for part in facts(store, "synthesize")) > 0
+    assert sum(split["by_status"].get("error", 0) for split in told.values()) == sum(part["quarantined"] for part in facts(store, "synthesize")) > 0
     assert all(reason.startswith("error: ") for part in facts(store, "synthesize") for reason in part["reasons"])

@@ -110,6 +110,8 @@ class Endpoint:
         self._under_way: list[tuple[float, int, Report]] = []
         self._spent: deque[tuple[float, int]] = deque()
         self.limits_told = True
+        self.stray = 0
+        """One in so many requests is refused for no reason, the fifth among them."""
 
     def _spend(self) -> tuple[int, int]:
         while self._spent and self._spent[0][0] <= self.now - 60:
@@ -134,7 +136,7 @@ class Endpoint:
         permit = self.pace.take(self.now, self.estimate)
         self.sent.append(self.now)
         requests, tokens = self._spend()
-        refused = requests >= self.limit or (self.budget and tokens + self.cost > self.budget)
+        refused = (self.stray and len(self.sent) % self.stray == 5) or requests >= self.limit or (self.budget and tokens + self.cost > self.budget)
         self.refused += bool(refused)
         if not refused:
             self._spent.append((self.now, self.cost))
@@ -199,6 +201,13 @@ def test_limits_that_nobody_tells_are_found_by_refusals_and_mostly_used():
     answered = len(endpoint.sent) - endpoint.refused
     assert answered >= 0.9 * 1200 * 9
     assert endpoint.refused <= 0.3 * len(endpoint.sent)
+
+
+def test_refusals_now_and_then_at_an_endpoint_without_a_limit_cost_little_of_its_speed():
+    endpoint = Endpoint(Pace(), 10**9, 0.1, 32)
+    endpoint.limits_told, endpoint.stray = False, 500
+    endpoint.run(300)
+    assert len(endpoint.sent) >= 0.8 * 300 * 32 / 0.1
 
 
 def test_only_one_request_is_sent_before_the_first_answer():

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.plan import STAGES, Plan, describe, make_plan
+from pipeline.plan import STAGES, Plan, describe, make_plan, prompts_digest
 from pipeline.study import Study, load_study, parse
-from pipeline.tasks import posts
+from pipeline.tasks import Example, posts
 
 pytestmark = pytest.mark.fast
 
@@ -428,3 +428,17 @@ print(json.dumps([imported, [name for name in heavy if name in sys.modules]]))
     imported, planned_with = json.loads(done.stdout)
     assert imported == []
     assert set(planned_with) <= {"sklearn"}  # the stratified draw is scikit-learn's
+
+
+@pytest.mark.fast
+def test_digest_of_prompts_tells_apart_whatever_a_model_could():
+    asked = [
+        [[("user", "a b")]], [[("user", "a"), ("user", " b")]], [[("user", "a")], [("user", " b")]], [[("system", "a b")]], [[("user", "a b "), ("user", "")]],
+        [[("user", "")], [("user", "a b")]], [[("usera", " b")]],
+    ]  # fmt: skip
+    found = set()
+    for conversations in asked:
+        prompts = [lambda fields, turns=turns: [{"role": role, "content": content} for role, content in turns] for turns in conversations]
+        found.add(prompts_digest([Example("0" * 16, {})], *prompts))
+        found.add(prompts_digest([Example("1" * 16, {})], *prompts))
+    assert len(found) == 2 * len(asked)

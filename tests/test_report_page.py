@@ -120,6 +120,7 @@ def browse(page, cells: int) -> None:
     page.wait_for_function("name => [...document.querySelectorAll('#pairs > details')].length === 6", arg=names[-1])
     first = page.locator("#pairs > details").first
     first.locator("summary").click()
+    first.locator(".pair").first.wait_for()  # it is filled when the browser tells that it was opened
     assert first.locator(".pair b").all_inner_texts() == ["base", names[-1]]
     assert first.locator(".verdicts li").count() == 2 * (1 + 2)
     assert first.locator(".verdicts q").count() == 2

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.chat import completion_ids, prompt_ids
 from pipeline.study import Training
-from pipeline.training import TrainingRow
+from pipeline.training import CellWork, TrainingRow, Watch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch, peft and bitsandbytes among themselves
@@ -58,11 +58,27 @@ def training(**changes: object) -> Training:
     return Training.model_validate(plain | changes)
 
 
-def trained(base, tmp_path, steps: int = 3, rows=ROWS, heldout=ROWS[:3], **changes):
+def work(folder, steps: int = 3, rows=ROWS, heldout=ROWS[:3], seed: int = 7):
+    folder.mkdir(parents=True, exist_ok=True)
+    return CellWork(folder.name, rows, steps, seed, heldout, folder)
+
+
+def outcomes(trainer, *cells, watch=None):
+    """What became of each cell, by its key."""
+    return {cell.key: outcome for cell, outcome in trainer.run(cells, watch or Watch())}
+
+
+def packed(base, slots: int = 1, **changes):
     from pipeline.training.packed import PackedTrainer
 
-    tmp_path.mkdir(exist_ok=True)
-    return PackedTrainer(base, training(**changes), "float32").run(rows, steps, 7, heldout, tmp_path, lambda: None)
+    return PackedTrainer(base, training(**changes), "float32", slots)
+
+
+def trained(base, tmp_path, steps: int = 3, rows=ROWS, heldout=ROWS[:3], **changes):
+    (outcome,) = outcomes(packed(base, **changes), work(tmp_path, steps, rows, heldout)).values()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def plain_loss(model, tokenizer, rows, on_all: bool = False):
@@ -126,13 +142,7 @@ def test_cell_of_no_steps_leaves_the_model_as_it_is(base, tmp_path):
 
 
 def test_cell_trained_after_another_is_the_cell_trained_alone(base, tmp_path):
-    from pipeline.training.packed import PackedTrainer
-
-    (tmp_path / "first").mkdir()
-    (tmp_path / "second").mkdir()
-    trainer = PackedTrainer(base, training(), "float32")
-    trainer.run(ROWS[4:], 2, 1, [], tmp_path / "first", lambda: None)
-    second = trainer.run(ROWS, 3, 7, ROWS[:3], tmp_path / "second", lambda: None)
+    second = outcomes(packed(base), work(tmp_path / "first", 2, ROWS[4:], seed=1), work(tmp_path / "second"))["second"]
     alone = trained(base, tmp_path / "alone")
     assert (second.adapter / "adapter_model.safetensors").read_bytes() == (alone.adapter / "adapter_model.safetensors").read_bytes()
     assert second.heldout == alone.heldout

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.training import batches, learning_rate
+from pipeline.training.rendering import Rendered, micro_batches
 
 GRIDS = given(count=st.integers(1, 50), steps=st.integers(0, 30), batch=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
 
@@ -102,3 +103,22 @@ def test_rates_are_those_of_transformers(schedule: str, steps: int, warmup: int)
         optimizer.step()
         scheduler.step()
     assert [learning_rate(step, steps, 2e-4, schedule, warmup) for step in range(steps)] == pytest.approx(wanted, rel=1e-12)
+
+
+LENGTHS = given(lengths=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=8), max_size=6), budget=st.integers(1, 120))
+
+
+@pytest.mark.fast
+@LENGTHS
+def test_passes_hold_all_rows_in_order_within_the_budget_and_cut_no_cell_that_fits(lengths: list[list[int]], budget: int):
+    cells = [
+        (f"cell{index}", [Rendered(f"{index}.{place}", [], [0] * length, 0, False) for place, length in enumerate(few)]) for index, few in enumerate(lengths)
+    ]
+    made = list(micro_batches([(owner, row) for owner, rows in cells for row in rows], budget))
+    assert [row for run in made for _, rows in run for row in rows] == [row for _, rows in cells for row in rows]
+    for run in made:
+        rows = [row for _, few in run for row in few]
+        assert len(rows) == 1 or sum(len(row.ids) for row in rows) <= budget
+    for owner, rows in cells:
+        if sum(len(row.ids) for row in rows) <= budget:
+            assert sum(owner == other for run in made for other, _ in run) == 1

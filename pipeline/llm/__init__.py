@@ -62,7 +62,7 @@ class Completion:
     """Times that it was asked for."""
     first_byte_s: float | None = None
     total_s: float | None = None
-    """From the first byte of the last attempt sent to the first and to the last byte received."""
+    """From the start of the last attempt to the first and to the last byte received; None in process and by batch."""
     prompt_count: int | None = None
     """Tokens of the prompt, where prompt_ids are not known."""
 
@@ -109,7 +109,7 @@ def open_model(name: str, runtime: Runtime, precision: str, adapters: int = 0, r
 
 def engine_environment(name: str, runtime: Runtime) -> Mapping[str, str]:
     """What the process that opens this model must have in its environment from its first instruction on."""
-    if ModelName.parse(name).provider != "vllm" or runtime.gpus_per_worker:
+    if not ModelName.parse(name).has_engine or runtime.gpus_per_worker:
         return {}
     from pipeline.cpu import preload_environment
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.budget import Bill, Usage, added, reached, usage_of
 from pipeline.errors import EndpointStopped
 from pipeline.journal import Journal, failed, keys_of
 from pipeline.llm import Completion, LanguageModel, Request
 from pipeline.study import ModelName, Study
+
+if TYPE_CHECKING:
+    from pipeline.llm.batches import Batches
 
 Tell = Callable[[int, Usage], Awaitable[tuple[Usage, str | None]]]
 """Answers and usage since the last call -> what all workers of the stage have used in this run, and why to stop if they must."""
@@ -37,14 +42,16 @@ class Asker:
     """Any number of `ask` may be under way; they share the slots, first come first served.
 
     spent: what the study's models used before this run. in_flight: slots, for a model behind an endpoint; an engine in process
-    takes everything at once and fills its own batch.
+    takes everything at once and fills its own batch. batches: where the endpoint is asked by its Batch API; the first question
+    of all still goes by itself, which shows in what form the endpoint takes it.
     """
 
-    def __init__(self, model: LanguageModel, name: str, study: Study, spent: Bill, in_flight: int, tell: Tell) -> None:
+    def __init__(self, model: LanguageModel, name: str, study: Study, spent: Bill, in_flight: int, tell: Tell, batches: Batches | None = None) -> None:
         self._model, self._name, self._study, self._spent, self._tell_others = model, name, study, spent, tell
         self.paid = ModelName.parse(name).behind_endpoint
         self._slots = asyncio.Semaphore(in_flight) if self.paid else contextlib.nullcontext()
         self._clock = _Clock()
+        self._batches, self._first, self._tried = batches, asyncio.Lock(), False
         self._used, self._untold, self._done = Usage(), Usage(), 0
         self._told_at, self._telling = 0.0, asyncio.Lock()
         self._stop: str | None = None
@@ -58,7 +65,10 @@ class Asker:
         found = [(known or {}).get(key) for key in keys]
         self._done += sum(completion is not None for completion in found)
         missing = [index for index, completion in enumerate(found) if completion is None]
-        results = await asyncio.gather(*(self._ask(requests[index], keys[index], journal) for index in missing), return_exceptions=True)
+        if self._batches is None or journal is None:
+            results = await asyncio.gather(*(self._ask(requests[index], keys[index], journal) for index in missing), return_exceptions=True)
+        else:
+            results = await self._ask_by_batches(self._batches, {keys[index]: requests[index] for index in missing}, journal)
         await self._tell()
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
@@ -83,19 +93,54 @@ class Asker:
                 raise
             finally:
                 seconds = self._clock.leave(entered)
-            if self.paid:
-                usage = usage_of([completion])
-                self._used, self._untold = self._used + usage, self._untold + usage
-        self._done += 1
-        if time.monotonic() - self._told_at > TELL_EVERY_S:
-            await self._tell()
+        await self._count(completion)
         return completion, seconds
+
+    async def _ask_by_batches(self, batches: Batches, asked: dict[str, Request], journal: Journal) -> list[tuple[Completion, float] | BaseException]:
+        first: list[tuple[Completion, float]] = []
+
+        async def keep(key: str, completion: Completion) -> None:
+            await self._keep(journal, key, completion)
+            await self._count(completion)
+
+        async def may_send() -> None:
+            await self._tell()
+            if self._stop is None:
+                self._stop = reached(self._study, added(self._spent, self._name, self._used), batches.under_way - 1)
+            if self._stop is not None:
+                raise EndpointStopped(self._stop)
+
+        try:
+            async with self._first:
+                if asked and not self._tried and not await asyncio.to_thread(journal.batches):
+                    key = next(iter(asked))
+                    first.append(await self._ask(asked[key], key, journal))
+                    self._tried = True
+            rest = dict(itertools.islice(asked.items(), len(first), None))
+            entered = self._clock.enter()
+            try:
+                answers = await batches.ask(rest, journal, keep, may_send)
+            finally:
+                seconds = self._clock.leave(entered)
+        except Exception as error:  # noqa: BLE001  # as from `gather`
+            if isinstance(error, EndpointStopped):
+                self._stop = self._stop or str(error)
+            return [error]
+        return [*first, *((answers[key], seconds / len(rest)) for key in rest)]
 
     async def _keep(self, journal: Journal, key: str, completion: Completion) -> None:
         try:
             await journal.put(key, completion)
         except Exception as error:
             raise EndpointStopped(f"an answer came and could not be kept, so nothing more is asked: {error}") from error
+
+    async def _count(self, completion: Completion) -> None:
+        if self.paid:
+            usage = usage_of([completion])
+            self._used, self._untold = self._used + usage, self._untold + usage
+        self._done += 1
+        if time.monotonic() - self._told_at > TELL_EVERY_S:
+            await self._tell()
 
     async def _tell(self) -> None:
         async with self._telling:

@@ -1,17 +1,26 @@
-"""LoRA for vLLM's CPU backend as two matrix products, loaded by vLLM as a plugin (pyproject.toml, vllm.general_plugins).
+"""LoRA for vLLM's CPU backend as two batched matrix products, loaded by vLLM as a plugin (pyproject.toml, vllm.general_plugins).
 
 vLLM 0.32 gathers the A and B matrices of every token before it multiplies, which costs about five times the base
 model's own work, and indexes the last adapter's slot for tokens that have none (index -1), so that a base request in
-a batch with a full set of adapters gets an adapter's answer. Here all slots are multiplied at once and the columns of
-other adapters are masked: for tokens X, slots l, `Y += scale * (mask * (X A^T)) B^T`.
+a batch with a full set of adapters gets an adapter's answer. Here the tokens are gathered by adapter instead.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-_expanded: dict[int, Any] = {}
-"""Address of a stacked B (slots, 1, out, rank) -> its copy as (slots * rank, out)."""
+
+class _Tokens(NamedTuple):
+    """The tokens of a batch that have an adapter, by adapter: groups are padded to the largest, so that one batched product serves all."""
+
+    slots: Any
+    """(groups,) adapter of each group."""
+    padded: Any
+    """(groups * width,) token at each place; any token where a group is shorter."""
+    places: Any
+    """(tokens with an adapter,) their places."""
+    tokens: Any
+    """(tokens with an adapter,) their indices in the batch."""
 
 
 def register() -> None:
@@ -19,16 +28,13 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     if PunicaWrapperCPU.add_lora_linear is _add_lora_linear:
         return
     PunicaWrapperCPU.add_lora_linear = _add_lora_linear
-    PunicaWrapperCPU.update_metadata = _forgetting_mask(PunicaWrapperCPU.update_metadata)
+    PunicaWrapperCPU.update_metadata = _forgetting_groups(PunicaWrapperCPU.update_metadata)
     PunicaWrapperCPU.add_lora_logits = _only_where_trained(PunicaWrapperCPU.add_lora_logits)
-    for change in ("activate_adapter", "deactivate_adapter", "remove_all_adapters"):
-        setattr(LoRAModelManager, change, _forgetting(getattr(LoRAModelManager, change)))
 
 
 def _only_where_trained(add_lora_logits: Any) -> Any:
@@ -41,20 +47,26 @@ def _only_where_trained(add_lora_logits: Any) -> Any:
     return add
 
 
-def _forgetting_mask(update_metadata: Any) -> Any:
+def _forgetting_groups(update_metadata: Any) -> Any:
     def update(self: Any, *args: Any, **kwargs: Any) -> None:
         update_metadata(self, *args, **kwargs)
-        self.mask = None
+        self.grouped = None
 
     return update
 
 
-def _forgetting(method: Any) -> Any:
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        _expanded.clear()
-        return method(*args, **kwargs)
+def _group(indices: Any) -> _Tokens:
+    """indices: (tokens,) slot of each token's adapter, -1 for none."""
+    import torch
 
-    return changed
+    ordered, tokens = torch.sort(indices, stable=True)
+    tokens, ordered = tokens[ordered >= 0], ordered[ordered >= 0]
+    slots, group, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    width = int(counts.max()) if len(counts) else 0
+    places = group * width + torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[group]
+    padded = torch.zeros(len(slots) * width, dtype=torch.long)
+    padded[places] = tokens
+    return _Tokens(slots, padded, places, tokens)
 
 
 def _add_lora_linear(
@@ -66,15 +78,17 @@ def _add_lora_linear(
     if self.no_lora:
         return
     x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if getattr(self, "mask", None) is None or len(self.mask) != len(x):  # one mask serves all layers of a batch
-        slots = torch.arange(lora_a_stacked[0].shape[0], device=x.device)
-        self.mask = (self.token_lora_indices[: len(x), None] == slots).to(torch.float32)
+    if getattr(self, "grouped", None) is None or self.grouped[0] != len(x):  # one grouping serves all layers of a batch
+        self.grouped = len(x), _group(self.token_lora_indices[: len(x)])
+    slots, padded, places, tokens = self.grouped[1]
+    if not len(tokens):
+        return
+    shown = x[padded].view(len(slots), -1, x.shape[-1])
     start = 0
     for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-        count, _, rank, width = a.shape
-        hidden = torch.nn.functional.linear(x, a.view(count * rank, width)).view(-1, count, rank).float() * self.mask[:, :, None]
-        expanded = _expanded.get(b.data_ptr())
-        if expanded is None:
-            expanded = _expanded[b.data_ptr()] = b[:, 0].transpose(1, 2).reshape(count * rank, -1).contiguous()
-        y[:, start : start + size].addmm_(hidden.view(-1, count * rank).to(y.dtype), expanded[:, :size], alpha=scale)
+        if len(slots) < len(a):
+            a, b = a[slots], b[slots]
+        hidden = torch.bmm(shown, a[:, 0].transpose(1, 2))
+        delta = torch.bmm(hidden, b[:, 0, :size].transpose(1, 2)).view(-1, size)
+        y[:, start : start + size].index_add_(0, tokens, delta[places].to(y.dtype), alpha=scale)
         start += size

@@ -2,7 +2,8 @@
 
 A row that fails for good is a Completion with its status and its reason; what would fail for every row (key refused,
 model gone, quota used up) raises EndpointStopped, for the requests under way too. No key and no exception of the HTTP
-library gets out of this module. Answers are not streamed.
+library gets out of this module. Answers are not streamed: the first byte that is timed is that of the response's head,
+which an endpoint sends once the answer is whole, or when it begins to send it.
 
 A fixed choice is asked for in the form that the endpoint honours, found by trying and remembered: vLLM's
 `structured_outputs` first, then `response_format` with a JSON schema, else in words alone. A form is given up when the
@@ -14,21 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import json
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import EndpointStopped, UserError
-from pipeline.keys import Secret, read_key
+from pipeline.keys import key_source, read_key
 from pipeline.llm import Completion, Request
 from pipeline.llm.limiter import LONGEST_WAIT_S, Limiter, Report, asked_wait, observed
 from pipeline.network import address_of, allowed
@@ -64,7 +65,7 @@ class Form(enum.IntEnum):
     PLAIN = 2
 
 
-class _AgainError(Exception):
+class AgainError(Exception):
     """Worth another attempt, after `wait_s` where the endpoint named it."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
@@ -72,12 +73,14 @@ class _AgainError(Exception):
         self.wait_s = wait_s
 
 
-class _FormRefusedError(Exception):
+class FormRefusedError(Exception):
     """The next form may do."""
 
 
 @dataclass(frozen=True)
-class _Reply:
+class Reply:
+    """headers: names in small letters. first_byte_s, total_s: from the request's start to the response's head and to its last byte."""
+
     status: int
     headers: Mapping[str, str]
     body: bytes
@@ -127,40 +130,37 @@ class EndpointModel:
 
     def __init__(self, model: ModelName, runtime: Runtime, limiter: Limiter) -> None:
         self._model, self._runtime, self._limiter = model, runtime, limiter
+        self.name, self.attempts = model.name, runtime.endpoint_attempts
         self._address = address_of(model, runtime)
-        self._url = httpx.URL(f"{self._address}/chat/completions")  # reading an address anew for each request takes 0.1 ms
         if not allowed(model, runtime):
             raise UserError(f"{model} is outside the closed network (DATADOSE_NETWORK=closed); nothing was sent. Add its host to DATADOSE_ALLOWED_HOSTS")
         self._key = read_key(model, runtime)
-        self._tls = httpx.create_ssl_context()  # once: making one takes 20 ms
-        self._form = Form.OPENAI if model.provider == "groq" else Form.VLLM
+        self.form = Form.OPENAI if model.provider == "groq" else Form.VLLM
         self._stopped: str | None = None
         self._answered: dict[int, int] = {}
         """Digest of an answer that has an id -> digest of its question."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._clients: AsyncGenerator[AsyncExitStack] | None = None
-        self._stack = AsyncExitStack()
-        self._free: list[httpx.AsyncClient] = []
-        """One for each connection: httpcore walks through a pool at both ends of a request, which at 32 connections doubles its cost."""
+        self._session: aiohttp.ClientSession | None = None
+        self._lifetime: AsyncGenerator[aiohttp.ClientSession] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def complete(self, request: Request) -> Completion:
         """The answer, or a status and a reason after `endpoint_attempts`. Raises EndpointStopped where asking on is no use."""
         if request.adapter or request.prompt_logprobs:
             raise UserError(f"{self._model} is behind an endpoint: adapters and prompt log-probabilities can only be had from a model in process, vllm/...")
-        form, asked, failed = self._form, 0, 0
+        form, asked, failed = self.form, 0, 0
         while True:
             if self._stopped:
                 raise EndpointStopped(self._stopped)
-            form = max(form, self._form)
+            form = max(form, self.form)
             asked += 1
             try:
                 completion = await self._ask(request, form)
-            except _FormRefusedError:
+            except FormRefusedError:
                 form = Form(form + 1)
-            except _AgainError as again:
+            except AgainError as again:
                 failed += 1
-                if failed >= self._runtime.endpoint_attempts:
+                if failed >= self.attempts:
                     return Completion("", "error", (), 0, outcome="error", reason=f"{again} (attempt {asked}, the last)", attempts=asked, prompt_count=0)
                 await asyncio.sleep(self._wait_s(again, failed))
             except EndpointStopped as error:
@@ -168,16 +168,39 @@ class EndpointModel:
                 raise
             else:
                 if completion.outcome != "error":
-                    self._form = max(self._form, form)
+                    self.form = max(self.form, form)
                 return replace(completion, attempts=asked)
 
     def close(self) -> None:
-        """Close the connections, at the latest with the event loop."""
-        clients, self._clients = self._clients, None
-        if clients and self._loop and self._loop.is_running():
-            self._closing = self._loop.create_task(_shut(clients))
+        """Close the connections, from any thread; the end of the event loop closes them too. Who asks again opens new ones."""
+        lifetime, self._lifetime, self._session = self._lifetime, None, None
+        if lifetime is None or self._loop is None or not self._loop.is_running():
+            return
+        try:
+            inside = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            inside = False
+        if inside:
+            self._closing = self._loop.create_task(_shut(lifetime))
+        else:
+            asyncio.run_coroutine_threadsafe(_shut(lifetime), self._loop)
 
-    def _wait_s(self, again: _AgainError, failed: int) -> float:
+    async def list_models(self) -> list[str] | None:
+        """Names by GET /models; None where the endpoint has no such list. Raises UserError where it cannot be reached or refuses the key."""
+        try:
+            reply = await self.call("GET", "models")
+        except AgainError as error:
+            raise UserError(f"{self._address} cannot be reached ({error}); check the address, and that the server runs") from None
+        if reply.status in (401, 403):
+            raise UserError(f"{self._address} refuses the key ({reply.status}); {self._key_state()}")
+        body = loads(reply.body) if reply.status == 200 else None
+        listed = body.get("data") if isinstance(body, dict) else None
+        return [str(item["id"]) for item in listed if isinstance(item, dict) and "id" in item] if isinstance(listed, list) else None
+
+    def _key_state(self) -> str:
+        return f"{key_source(self._model, self._runtime)} {'holds a wrong one' if self._key else 'is not set'}"
+
+    def _wait_s(self, again: AgainError, failed: int) -> float:
         """What the endpoint asks for, else exponential backoff with full jitter (Brooker 2015, AWS Architecture Blog)."""
         cap = self._runtime.endpoint_wait_cap_s
         if again.wait_s:
@@ -187,69 +210,106 @@ class EndpointModel:
     # ---------------------------------------------------------------- one attempt
 
     async def _ask(self, request: Request, form: Form) -> Completion:
-        content = json.dumps(_body(self._model.name, request, form)).encode()
         permit = await self._limiter.acquire(_estimate(request))
         report = Report(permit, None)
         try:
-            reply = await self._send(content)
+            reply = await self.call("POST", "chat/completions", json.dumps(body_of(self.name, request, form)).encode())
             limits = observed(reply.headers, "day" if self._model.provider == "groq" else "minute")
             report = report._replace(observed=limits, tokens=None if reply.status == 200 else 0)
             if reply.status == 429:
                 report = report._replace(refused=True, pause_s=min(asked_wait(reply.headers, limits) or 0.0, self._runtime.endpoint_wait_cap_s))
-            if reply.status != 200:
-                return self._explain(reply.status, _loads(reply.body), reply, request, form)
-            try:
-                answer = _Answer.model_validate_json(reply.body)
-            except ValidationError:
-                raise _AgainError("the answer is not the JSON of a chat completion") from None
-            if answer.usage and answer.usage.prompt_tokens is not None:
-                report = report._replace(tokens=answer.usage.prompt_tokens + (answer.usage.completion_tokens or 0))
-            return self._read(answer, reply, request, form, hash(content))
+            completion = self.read(reply, request, form)
+            if reply.status == 200:
+                report = report._replace(tokens=completion.prompt_tokens + completion.completion_tokens or None)
+            return completion
         finally:
             self._limiter.report(report)
 
-    async def _send(self, content: bytes) -> _Reply:
-        client = await self._client()
+    async def call(self, method: str, path: str, content: bytes | aiohttp.FormData | None = None) -> Reply:
+        """One exchange, tried once, with no redirect followed. Raises AgainError where no whole answer came."""
+        session = await self._open()
+        kind = {"content-type": "application/json"} if isinstance(content, bytes) else None
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._runtime.endpoint_timeout_s), client.stream("POST", self._url, content=content) as response:
+            async with (
+                asyncio.timeout(self._runtime.endpoint_timeout_s),
+                session.request(method, f"{self._address}/{path}", data=content, headers=kind, allow_redirects=False) as response,
+            ):
                 first_byte_s = time.monotonic() - started
-                body = await response.aread()
-                if self._key and (response.status_code != 200 or len(self._key) >= SECRET):
-                    body = self._key.scrub_bytes(body)
-        except (TimeoutError, httpx.TimeoutException):
-            raise _AgainError(f"no whole answer within {time.monotonic() - started:.3g} s") from None
-        except (httpx.HTTPError, OSError) as error:
-            raise _AgainError(self._said(f"the connection failed: {type(error).__name__} {error}")) from None
-        finally:
-            self._free.append(client)
-        return _Reply(response.status_code, response.headers, body, first_byte_s, time.monotonic() - started)
+                body = await response.read()
+        except TimeoutError:
+            failure = f"no whole answer within {time.monotonic() - started:.3g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            failure = self._said(f"the connection failed: {type(error).__name__} {getattr(error, 'os_error', error)}")
+        else:
+            if self._key and (response.status != 200 or len(self._key) >= SECRET):
+                body = self._key.scrub_bytes(body)
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, headers, body, first_byte_s, time.monotonic() - started)
+        raise AgainError(failure)  # outside of `except`: what the library raised holds the headers that were sent
 
-    async def _client(self) -> httpx.AsyncClient:
+    async def insist(self, method: str, path: str, content: Callable[[], bytes | aiohttp.FormData] | None = None) -> Reply:
+        """A call that may be made again until its answer is no passing fault. Raises EndpointStopped where it stays one, or the key is refused."""
+        for failed in itertools.count(1):
+            try:
+                reply = await self.call(method, path, content() if content else None)
+                if reply.status not in RETRIED:
+                    break
+                again = AgainError(self.told(reply), asked_wait(reply.headers, observed(reply.headers)))
+            except AgainError as error:
+                again = error
+            if failed >= self.attempts:
+                raise EndpointStopped(f"{self._address}/{path}: {again} (attempt {failed}, the last); run again later, what came back stays")
+            await asyncio.sleep(self._wait_s(again, failed))
+        if reply.status in (401, 403):
+            raise EndpointStopped(f"{self._address} refuses the key ({self.told(reply)}); {self._key_state()}")
+        return reply
+
+    def told(self, reply: Reply) -> str:
+        """Status and message of an error."""
+        return self._said(f"{reply.status} {_error_in(loads(reply.body))[1]}")
+
+    def stop(self, why: str) -> EndpointStopped:
+        return EndpointStopped(f"{self._address}: {self._said(why)}")
+
+    async def _open(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
-        if self._clients is None or loop is not self._loop:
-            self._loop, self._free, self._clients = loop, [], _lifetime()
-            self._stack = await anext(self._clients)
-        if self._free:
-            return self._free.pop()
-        client = httpx.AsyncClient(
-            headers=_headers(self._key),
-            timeout=httpx.Timeout(self._runtime.endpoint_timeout_s, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE_S),
-            verify=self._tls,
-            trust_env=not _on_loopback(self._address),  # no proxy between a machine and itself
+        if self._session is None or loop is not self._loop:
+            self._loop, self._lifetime = loop, self._connected()
+            self._session = await anext(self._lifetime)
+        return self._session
+
+    async def _connected(self) -> AsyncGenerator[aiohttp.ClientSession]:
+        """A generator, since an event loop closes these when it ends: connections do not outlive it."""
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=KEEP_ALIVE_S,
+            resolver=aiohttp.ThreadedResolver(),  # by Python's sockets, which the guard of a closed network sees
         )
-        await self._stack.enter_async_context(client)
-        return client
+        async with aiohttp.ClientSession(
+            connector=connector,
+            headers={"user-agent": "datadose", **({"authorization": f"Bearer {self._key.reveal()}"} if self._key else {})},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            trust_env=not _on_loopback(self._address),  # no proxy between a machine and itself
+            cookie_jar=aiohttp.DummyCookieJar(),
+        ) as session:
+            yield session
 
     # ---------------------------------------------------------------- what came back
 
-    def _read(self, answer: _Answer, reply: _Reply, request: Request, form: Form, question: int) -> Completion:
+    def read(self, reply: Reply, request: Request, form: Form) -> Completion:
+        """What a whole response says. Raises AgainError, FormRefusedError, EndpointStopped."""
+        if reply.status != 200:
+            return self._explain(reply.status, loads(reply.body), reply, request, form)
+        try:
+            answer = _Answer.model_validate_json(reply.body)
+        except ValidationError:
+            raise AgainError("the answer is not the JSON of a chat completion") from None
         if answer.error:
             code = answer.error.get("code") if isinstance(answer.error, dict) else None
             return self._explain(code if isinstance(code, int) and 400 <= code < 600 else 200, {"error": answer.error}, reply, request, form)
-        if answer.id and self._first_question(hash((str(answer.id), reply.body)), question) != question:
-            raise _AgainError("the answer to another question was delivered again")
+        if answer.id and not self._first_time(hash((str(answer.id), reply.body)), hash((json.dumps(request.conversation), request.seed))):
+            raise AgainError("the answer to another question was delivered again")
         usage = answer.usage or _Usage()
         found = Completion(
             "", "error", (), usage.completion_tokens or 0, served_model=answer.model, first_byte_s=reply.first_byte_s, total_s=reply.total_s,
@@ -260,7 +320,7 @@ class EndpointModel:
         choice = answer.choices[0]
         finish = choice.finish_reason or "stop"
         if finish in ("error", "abort"):
-            raise _AgainError(f"the answer broke off ({finish})")
+            raise AgainError(f"the answer broke off ({finish})")
         message = choice.message or _Message()
         text, thought = message.text, _THOUGHT.match(message.text)
         if thought:
@@ -282,39 +342,36 @@ class EndpointModel:
     def _chosen(self, found: Completion, choices: tuple[str, ...], form: Form) -> Completion:
         """The choice itself. What is none shows that the form is not honoured; in words alone, the protocol's parse decides."""
         text = found.text
-        if form == Form.OPENAI and isinstance(inner := _loads(text.encode()), dict):
+        if form == Form.OPENAI and isinstance(inner := loads(text.encode()), dict):
             text = str(inner.get("choice", text))
         if text not in choices and form < Form.PLAIN:
-            raise _FormRefusedError
+            raise FormRefusedError
         return replace(found, text=text)
 
-    def _first_question(self, answer: int, question: int) -> int:
-        """The question that this answer was given to first."""
+    def _first_time(self, answer: int, question: int) -> bool:
+        """Whether no other question got this answer before."""
         first = self._answered.setdefault(answer, question)
         if len(self._answered) > REMEMBERED:
             del self._answered[next(iter(self._answered))]
-        return first
+        return first == question
 
-    def _explain(self, status: int, body: Any, reply: _Reply, request: Request, form: Form) -> Completion:
-        """What an error means: for this row (returned), for this attempt (_AgainError), for all rows (EndpointStopped)."""
-        error = body.get("error", body) if isinstance(body, dict) else body
-        details = error if isinstance(error, dict) else {"message": error}
-        kind = f"{details.get('code')} {details.get('type')}"
-        message = str(details.get("message") or details.get("detail") or error or "")
+    def _explain(self, status: int, body: Any, reply: Reply, request: Request, form: Form) -> Completion:
+        """What an error means: for this row (returned), for this attempt (AgainError), for all rows (EndpointStopped)."""
+        kind, message = _error_in(body)
         told = self._said(f"{status} {message}")
         if status in (401, 403) or "invalid_api_key" in kind:
-            raise EndpointStopped(f"{self._address} refuses the key ({told}); check that it is set, valid and may use {self._model.name}")
+            raise EndpointStopped(f"{self._address} refuses the key ({told}); {self._key_state()}, or one that may not use {self._model.name}")
         if status == 404 or (status in (200, 400) and _GONE.search(f"{kind} {message}")):
             raise EndpointStopped(f"{self._address} has no model {self._model.name!r} at that address ({told}); check both")
         if status == 402 or "insufficient_quota" in kind:
             raise EndpointStopped(f"the account at {self._address} is used up ({told}); fill it up and run again: what came back stays")
         if status in (400, 422) and any(name in f"{kind} {message}" for name in _given_up_after(form, request)):
-            raise _FormRefusedError
+            raise FormRefusedError
         if status in RETRIED or (status == 200 and _PASSING.search(f"{kind} {message}")):
             wait_s = asked_wait(reply.headers, observed(reply.headers)) if status != 200 else None
             if wait_s is not None and wait_s > LONGEST_WAIT_S:
                 raise EndpointStopped(f"{self._address} asks to wait {wait_s / 3600:.1f} hours ({told}); run again then, what came back stays")
-            raise _AgainError(told, wait_s)
+            raise AgainError(told, wait_s)
         refused = "content_filter" in kind
         return Completion(
             "", "content_filter" if refused else "error", (), 0, outcome="refused" if refused else "error", reason=told, first_byte_s=reply.first_byte_s,
@@ -327,26 +384,10 @@ class EndpointModel:
         return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-def list_models(model: ModelName, runtime: Runtime) -> list[str] | None:
-    """Names by GET /models; None where the endpoint has no such list. Raises UserError where it cannot be reached or refuses the key."""
-    address, key = address_of(model, runtime), read_key(model, runtime)
-    try:
-        with httpx.Client(timeout=2 * CONNECT_S, trust_env=not _on_loopback(address)) as client:
-            response = client.get(f"{address}/models", headers=_headers(key))
-    except (httpx.HTTPError, OSError) as error:
-        raise UserError(f"{address} cannot be reached ({type(error).__name__}); check the address, and that the server runs") from None
-    if response.status_code in (401, 403):
-        name = "GROQ_API_KEY" if model.provider == "groq" else str(runtime.endpoint_key_file or runtime.endpoint_key_name)
-        raise UserError(f"{address} refuses the key ({response.status_code}); {name} {'holds a wrong one' if key else 'is not set'}")
-    body = _loads(response.content) if response.status_code == 200 else None
-    listed = body.get("data") if isinstance(body, dict) else None
-    return [str(item["id"]) for item in listed if isinstance(item, dict) and "id" in item] if isinstance(listed, list) else None
-
-
 # ---------------------------------------------------------------- what is sent
 
 
-def _body(model: str, request: Request, form: Form) -> dict[str, Any]:
+def body_of(model: str, request: Request, form: Form) -> dict[str, Any]:
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model, "messages": request.conversation, "temperature": sampling.temperature, "top_p": sampling.top_p,
@@ -373,18 +414,21 @@ def _given_up_after(form: Form, request: Request) -> tuple[str, ...]:
     return ("response_format", "response format", "json_schema") if form == Form.OPENAI and request.choices else ()
 
 
-def _headers(key: Secret | None) -> httpx.Headers:
-    """httpx shows no authorization in the repr of its headers."""
-    return httpx.Headers({"content-type": "application/json", "user-agent": "datadose", **({"authorization": f"Bearer {key.reveal()}"} if key else {})})
-
-
 def _estimate(request: Request) -> int:
     """Tokens of the prompt and of the longest answer: rather too many, corrected when the answer tells."""
     prompt = sum(len(message["content"]) / CHARS_PER_TOKEN + TEMPLATE_TOKENS for message in request.conversation)
     return round(prompt) + request.sampling.max_tokens
 
 
-def _loads(data: bytes) -> Any:
+def _error_in(body: Any) -> tuple[str, str]:
+    """Code with type, and message, of an error in any of the forms that endpoints give it."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    details = error if isinstance(error, dict) else {"message": error}
+    return f"{details.get('code')} {details.get('type')}", str(details.get("message") or details.get("detail") or error or "")
+
+
+def loads(data: bytes) -> Any:
+    """None where it is no JSON."""
     try:
         return json.loads(data)
     except ValueError:
@@ -396,11 +440,5 @@ def _on_loopback(address: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-async def _lifetime() -> AsyncGenerator[AsyncExitStack]:
-    """An event loop closes its generators when it ends: connections do not outlive it."""
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-async def _shut(clients: AsyncGenerator[AsyncExitStack]) -> None:
-    await clients.aclose()
+async def _shut(lifetime: AsyncGenerator[aiohttp.ClientSession]) -> None:
+    await lifetime.aclose()

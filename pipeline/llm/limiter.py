@@ -37,6 +37,8 @@ CUT_EVERY_S = 1.0
 """Refusals of requests that were under way together are one message."""
 RECENT_S, FEW = 5.0, 5
 """Over which the present rate is measured; fewer requests than that have no rate, and a refusal is not about it."""
+STRAY = 0.01
+"""Share of recent requests up to which refusals are not about the rate: at it, an endpoint refuses whatever is too much."""
 LEARNING = 0.05
 """Weight of one answer in what the next is taken to cost."""
 LONGEST_WAIT_S = 3600.0
@@ -99,12 +101,11 @@ def observed(headers: Mapping[str, str], requests_window: str = "minute") -> tup
     `requests_window`: OpenAI's are of a minute, Groq's of a day (each by its documentation of rate limits).
     """
     found: dict[tuple[str, str], dict[str, float | None]] = {}
-    now = server_time(headers)
     for name, value in headers.items():
         if match := _HEADER.fullmatch(name):
             what, resource, window = match[1], "tokens" if match[2] == "tokens" else "requests", match[3]
             window = window or (requests_window if resource == "requests" else "minute")
-            found.setdefault((resource, window), {})[what] = seconds_until(value, now) if what == "reset" else _number(value)
+            found.setdefault((resource, window), {})[what] = seconds_until(value, server_time(headers)) if what == "reset" else _number(value)
     return tuple(Observation(*key, values.get("limit") or None, values.get("remaining"), values.get("reset")) for key, values in found.items())
 
 
@@ -257,7 +258,7 @@ class Pace:
         self._answered = False
         self._ratio, self._costs_known = 1.0, 0
         """Of what requests cost to what they were estimated at."""
-        self._recent = Window(RECENT_S)
+        self._recent, self._refusals = Window(RECENT_S), Window(RECENT_S)
         self._history = {"requests": Window(minute_s), "tokens": Window(minute_s)}
         """What was handed out before a limit was known counts against it too."""
         self._first_grant: float | None = None
@@ -315,6 +316,7 @@ class Pace:
             self._grown_at = now
             self._paused_until = max(self._paused_until, now + report.pause_s)
         elif self._cut_at > -math.inf:
+            self._best = max(self._best, self._recent_rate(now))
             self._speed.rate += max(1.0, GROWTH * self._best) * min(1.0, now - self._grown_at)
             self._grown_at = now
 
@@ -331,14 +333,17 @@ class Pace:
             bucket.rate = SHARE * window.limit / window.length_s
 
     def _cut(self, now: float, permit: Permit) -> None:
-        spent = self._recent.spent(now)
-        if spent < FEW or permit.granted <= self._cut_at or now - self._cut_at < CUT_EVERY_S:
+        spent, refused = self._recent.spent(now), self._refusals.spent(now) + 1
+        self._refusals.book(now, 1)
+        if spent < FEW or refused <= STRAY * spent or permit.granted <= self._cut_at or now - self._cut_at < CUT_EVERY_S:
             return
-        assert self._first_grant is not None  # it was refused, so it was granted
-        recent = spent / min(RECENT_S, max(1.0, now - self._first_grant))
+        recent = self._recent_rate(now)
         self._best = max(self._best, recent)
         self._speed.rate = max(1.0, CUT * min(self._speed.rate, recent))
         self._cut_at = self._grown_at = now
+
+    def _recent_rate(self, now: float) -> float:
+        return 0.0 if self._first_grant is None else self._recent.spent(now) / min(RECENT_S, max(1.0, now - self._first_grant))
 
 
 # ---------------------------------------------------------------- who waits

@@ -1,7 +1,7 @@
 """Synthesis, generation and judging are one motion: a step's questions to a model, its answers to a table, a commit.
 
-Ray Data hands the steps to a pool of actors, each with one engine; an actor works on several steps at once, so that
-the engine's batch stays full from the first question to the last. A step that fails leaves the others alone; what is
+Ray Data hands the steps to a pool of actors, each with one model; an actor works on several steps at once, so that
+an engine's batch stays full from the first question to the last. A step that fails leaves the others alone; what is
 wrong with the endpoint, the budget or too many of the rows stops the stage, and every answer that came is kept.
 """
 
@@ -22,12 +22,14 @@ from pipeline.budget import NO_LIMIT, Bill, Limit, Tally, Usage, usage_of
 from pipeline.errors import EndpointStopped, UserError
 from pipeline.journal import Journal
 from pipeline.ledger import spent
-from pipeline.llm import Completion, Request, engine_environment, open_model
+from pipeline.llm import Completion, LanguageModel, Request, open_model
 from pipeline.llm.asking import Answered, Asker, still_known
+from pipeline.llm.batches import batches_for
 from pipeline.llm.limiter import Limiter, limiter_for
 from pipeline.plan import Plan, asked_model, make_plan
 from pipeline.runtime import Runtime
 from pipeline.stages import Context, Failed, Steps
+from pipeline.stages.engines import RemoteEngine, end_engines, engines_for
 from pipeline.stages.workers import board, ensure_ray, root_cause, worker_environment
 from pipeline.study import Budget, ModelName, Study
 
@@ -53,21 +55,37 @@ class Asked:
     """Of the committed table."""
     limit: Limit = NO_LIMIT
     adapters: int = 0
+    keep_engines: bool = False
+    """They go on running: the next stage asks the same model."""
 
 
 class Answerer:
     """The actor. It makes the plan itself from the study, so a step travels as its key.
 
     settled: the stage as a whole is within its limit, so steps that were held back are committed as they are.
+    engines: one for each actor of the pool, where the model runs on this cluster.
     """
 
-    def __init__(self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, limiter: Limiter | None, board: Any, tally: Any) -> None:
+    def __init__(
+        self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, limiter: Limiter | None, engines: Sequence[Any], board: Any, tally: Any
+    ) -> None:
         self._runtime = Runtime.model_validate_json(runtime)
         self._plan = make_plan(Study.model_validate_json(study))
         self._store = open_store(self._runtime.store)
         self._asked, self._settled, self._board, self._tally = asked, settled, board, tally
-        model = open_model(asked.model, self._runtime, self._plan.study.precision, asked.adapters, self._plan.study.training.rank, limiter)
-        self._asker = Asker(model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell)
+        self._model: LanguageModel
+        if engines:
+            self._model = RemoteEngine(engines[ray.get(board.join.remote()) % len(engines)])
+        else:
+            self._model = open_model(asked.model, self._runtime, self._plan.study.precision, limiter=limiter)
+        self._asker = Asker(
+            self._model, asked.model, self._plan.study, spent_before, self._runtime.requests_in_flight, self._tell, batches_for(self._model, self._runtime)
+        )
+
+    def __del__(self) -> None:
+        """Ray Data drops the object when its actor has nothing left to do."""
+        if hasattr(self, "_model"):  # it may not have opened
+            self._model.close()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         keys = [str(key) for key in batch["key"].to_pylist()]
@@ -143,11 +161,17 @@ def answer(context: Context, steps: Steps, asked: Asked) -> Failed:
     if tally.check() is not None:
         raise EndpointStopped(f"{steps[0].stage}: {tally.reason}")
     before = spent(plan, store) if ModelName.parse(asked.model).behind_endpoint and plan.study.budget != Budget() else {}
-    failed, held = _round(context, steps, asked, tally, before, total, settled=False)
-    if held:
-        waiting = [step for step in steps if step.key in held]
-        failed |= _round(context, waiting, asked, tally, before, total, settled=True)[0]
-    return failed
+    kept = False
+    try:
+        failed, held = _round(context, steps, asked, tally, before, total, settled=False)
+        if held:
+            waiting = [step for step in steps if step.key in held]
+            failed |= _round(context, waiting, asked, tally, before, total, settled=True)[0]
+        kept = asked.keep_engines and not failed  # an engine that died answers nobody any more
+        return failed
+    finally:
+        if not kept:
+            end_engines()
 
 
 def _committed(context: Context, steps: Steps, asked: Asked) -> tuple[int, Counter[str]]:
@@ -164,7 +188,9 @@ def _round(context: Context, steps: Steps, asked: Asked, tally: Tally, before: B
     """One pass over the steps -> why some failed, and the keys of those that are answered and not committed."""
     runtime, stage = context.runtime, steps[0].stage
     workers = min(runtime.answer_workers, len(steps))
-    is_paid = ModelName.parse(asked.model).behind_endpoint
+    engines: list[Any] = []
+    if ModelName.parse(asked.model).has_engine:
+        engines = engines_for(asked.model, runtime, context.plan.study, asked.adapters, workers)
     with board(context, stage, total, "answers") as counts:
         shared = ray.remote(num_cpus=0)(Tally).remote(tally.limit, tally.rows, tally.quarantined)
         units = ray.data.from_items([{"key": step.key} for step in steps], override_num_blocks=len(steps))
@@ -172,15 +198,14 @@ def _round(context: Context, steps: Steps, asked: Asked, tally: Tally, before: B
             Answerer,
             fn_constructor_kwargs={
                 "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(), "asked": asked, "spent_before": before,
-                "settled": settled, "limiter": limiter_for(asked.model, runtime), "board": counts, "tally": shared,
+                "settled": settled, "limiter": limiter_for(asked.model, runtime), "engines": engines, "board": counts, "tally": shared,
             },
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=len(steps)),
-            num_cpus=1,
-            num_gpus=0 if is_paid else runtime.gpus_per_worker,
+            num_cpus=0 if engines else 1,
             max_concurrency=max(1, len(steps)),
-            runtime_env=worker_environment(engine_environment(asked.model, runtime), runtime, workers),
+            runtime_env=worker_environment({}, workers),
         )  # fmt: skip
         try:
             for _ in answered.iter_batches(batch_size=None):

@@ -14,11 +14,14 @@ from pipeline.runtime import Runtime
 from pipeline.schemas import GENERATIONS, to_table
 from pipeline.stages import Context, Failed, Steps
 from pipeline.stages.answering import Asked, Work, answer
+from pipeline.study import ModelName
 
 
 def build(context: Context, steps: Steps) -> Failed:
     adapters = sum(step.name != BASE for step in context.plan.stage("generate"))
-    return answer(context, steps, Asked(context.plan.study.base, prepare, "generations", adapters=adapters))
+    study = context.plan.study
+    keep = ModelName.parse(study.base) in map(ModelName.parse, study.judging.judges)
+    return answer(context, steps, Asked(study.base, prepare, "generations", adapters=adapters, keep_engines=keep))
 
 
 def prepare(plan: Plan, step: Step, store: Store, runtime: Runtime) -> Work:

@@ -45,7 +45,7 @@ def ensure_ray(runtime: Runtime) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
-def worker_environment(engine: Mapping[str, str], runtime: Runtime, workers: int) -> dict[str, Any]:
+def worker_environment(engine: Mapping[str, str], workers: int) -> dict[str, Any]:
     """runtime_env of a worker. Ray would give it as many OpenMP threads as Ray CPUs, which is one."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -57,9 +57,15 @@ class Board:
     """Counts of finished work, keys of committed steps, reasons of failed ones."""
 
     def __init__(self) -> None:
+        self._joined = 0
         self._done = 0
         self._finished: list[str] = []
         self._failed: dict[str, str] = {}
+
+    def join(self) -> int:
+        """How many workers joined before."""
+        self._joined += 1
+        return self._joined - 1
 
     def add(self, count: int) -> None:
         self._done += count

@@ -110,7 +110,7 @@ def clear(plane: ControlPlane, cluster: Cluster) -> None:
 def pods_ray(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray cluster whose workers have the store's keys, as KubeRay's pods have them."""
     keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
-    with started_ray(tmp_path_factory.mktemp("ray"), **keys, AWS_DEFAULT_REGION=REGION, AWS_ENDPOINT_URL_S3=s3_server.endpoint_url) as address:
+    with started_ray(tmp_path_factory.mktemp("ray"), **keys, AWS_DEFAULT_REGION=REGION, AWS_ENDPOINT_URL_S3=s3_server.endpoint_url) as (address, _):
         yield address
 
 

@@ -1,0 +1,36 @@
+"""Engines that outlive a stage: found again where they fit, made anew where they do not, and honest when they cannot start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.runs import ROOT, environment
+
+CODE = """
+import pytest
+import ray
+from pipeline.errors import UserError
+from pipeline.runtime import Runtime
+from pipeline.stages.engines import end_engines, engines_for
+from pipeline.stages.workers import ensure_ray
+from pipeline.study import load_study
+
+runtime, study = Runtime(), load_study("laptop")
+ensure_ray(runtime)
+first = engines_for("scripted/writer", runtime, study, adapters=3, workers=1)
+assert engines_for("scripted/writer", runtime, study, adapters=0, workers=1) == first
+roomier = engines_for("scripted/writer", runtime, study, adapters=4, workers=1)
+assert roomier != first
+with pytest.raises(ray.exceptions.RayActorError):
+    ray.get(first[0].start.remote(), timeout=60)
+with pytest.raises(UserError, match="nothing-here is not installed"):
+    engines_for("vllm/package:nothing-here@1", runtime, study, adapters=0, workers=1)
+end_engines()
+ray.shutdown()
+"""
+
+
+def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_path):
+    run = subprocess.run([sys.executable, "-c", CODE], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
