@@ -355,7 +355,7 @@ class ControlPlane:
 
 
 def _condition(item: Any, kind: str) -> bool:
-    return bool(item) and any(each["type"] == kind and each["status"] == "True" for each in item.get("status", {}).get("conditions", ()))
+    return bool(item) and any(each["type"] == kind and each["status"] == "True" for each in (item.get("status", {}).get("conditions") or ()))
 
 
 def _base64(data: bytes) -> str:
