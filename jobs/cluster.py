@@ -217,14 +217,15 @@ class Cluster:
             raise
 
     def _events(self, item: Object, pods: list[Object]) -> list[Object]:
-        """Warnings about the job, its Ray cluster and its pods, the newest first."""
+        """Warnings about the job, its Ray cluster and its pods, the newest first; not those about an earlier job of this name."""
         names = {item["metadata"]["name"], *(pod["metadata"]["name"] for pod in pods)}
         prefix = f"{item['metadata']['name']}-"
         found = [
             event for event in self.items(EVENT, fields="type=Warning")
-            if event["involvedObject"].get("name") in names or str(event["involvedObject"].get("name")).startswith(prefix)
+            if (event["involvedObject"].get("name") in names or str(event["involvedObject"].get("name")).startswith(prefix))
+            and _when(event) >= item["metadata"]["creationTimestamp"][:19]
         ]  # fmt: skip
-        return sorted(found, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""), reverse=True)
+        return sorted(found, key=_when, reverse=True)
 
     # ------------------------------------------------------------ one stage
 
@@ -480,6 +481,11 @@ def _pod_problem(pod: Object, events: list[Object]) -> str:
             said = str(ended.get("message") or "").strip()[-1000:]
             return f"pod {name} ended with {ended['exitCode']} ({ended.get('reason')}){': ' + said if said else ''}"
     return ""
+
+
+def _when(event: Object) -> str:
+    """To the second: some events have microseconds."""
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"])[:19]
 
 
 def _event_of(name: str, events: list[Object]) -> str:

@@ -28,7 +28,7 @@ ALL_BUILT, FAILED, USAGE, PARTLY_BUILT = 0, 1, 2, 3
 """Exit codes. 3: some steps were built and a rerun goes on from there."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def runtime_from(environment: Mapping[str, str]) -> Runtime:

@@ -23,7 +23,10 @@ class StageError(Exception):
 
     def __init__(self, stage: str, failed: dict[str, str], built: int) -> None:
         self.stage, self.failed, self.built = stage, failed, built
-        lines = "\n".join(f"  {step}: {reason}" for step, reason in sorted(failed.items()))
+        alike: dict[str, list[str]] = {}
+        for step, reason in sorted(failed.items()):
+            alike.setdefault(reason, []).append(step)
+        lines = "\n".join(f"  {', '.join(steps)}: {reason}" for reason, steps in alike.items())
         super().__init__(f"{stage}: {len(failed)} of {len(failed) + built} steps failed (a rerun builds only these):\n{lines}")
 
 

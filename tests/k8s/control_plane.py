@@ -246,8 +246,9 @@ class ControlPlane:
         self._start_kueue()
 
     def close(self) -> None:
-        for name in reversed(list(self._processes)):
-            self.stop(name)
+        for process in self._processes.values():  # at once: nothing of it is kept
+            process.kill()
+            process.wait()
         self.dashboard.close()
 
     def _await_url(self, url: str, name: str) -> None:

@@ -46,7 +46,6 @@ class Pods:
         self._cluster = plane.cluster()
         self._running: dict[str, tuple[subprocess.Popen[bytes], dict[str, Any], str | None]] = {}
         self._known: set[str] = set()
-        self._given_up: set[str] = set()
         self._zombies: list[tuple[subprocess.Popen[bytes], str]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -60,6 +59,10 @@ class Pods:
             process.kill()
             process.wait()
         assert not died, "the player of the pods has died; its traceback is above"
+
+    def woken(self) -> dict[str, int]:
+        """Stages whose given up attempts came to their end after all, and with which code."""
+        return {stage: process.wait(60) for process, stage in self._zombies}
 
     def printed(self, stage: str) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.output.glob(f"*-{stage}-*.txt")))
@@ -76,12 +79,9 @@ class Pods:
             for uid, (process, pod, submission) in list(self._running.items()):
                 if uid not in pods or "deletionTimestamp" in pods[uid]["metadata"]:
                     self._running.pop(uid)
-                    if uid in self._given_up:  # a zombie: its node cannot be reached to kill it
-                        self._zombies.append((process, pod["metadata"]["labels"][STAGE_LABEL]))
-                        continue
                     process.terminate()
                     process.wait()
-                elif process.poll() is not None and uid not in self._given_up:
+                elif process.poll() is not None:
                     self._running.pop(uid)
                     self._end(pod, process.returncode, submission)
 
@@ -114,12 +114,13 @@ class Pods:
             if of == stage and zombie.poll() is None:
                 zombie.send_signal(signal.SIGCONT)
                 self.overlapped.add(stage)
-        self._running[pod["metadata"]["uid"]] = process, pod, submission
         if submission and stage in self.fail_first and stage not in {begun for begun, _ in self.started}:
-            process.send_signal(signal.SIGSTOP)  # it wakes up when the second attempt is at work
-            self._given_up.add(pod["metadata"]["uid"])
+            process.send_signal(signal.SIGSTOP)  # its node cannot be reached to kill it; it wakes up when the second attempt is at work
+            self._zombies.append((process, stage))
             self.plane.dashboard.say(submission, "FAILED", "the test gives this attempt up")
             self._status(pod, 0, "")
+        else:
+            self._running[pod["metadata"]["uid"]] = process, pod, submission
         self.started.append((stage, name))
 
     def _owner_of(self, pod: dict[str, Any]) -> dict[str, Any]:

@@ -267,6 +267,7 @@ def test_attempts_that_overlap_leave_one_result(
     assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 400) == "succeeded", pods.printed("grid")
     assert [stage for stage, _ in pods.started] == ["grid", "synthesize", "synthesize", "subset", "train", "train", "generate", "judge", "report"]
     assert pods.overlapped == {"synthesize", "train"}
+    assert pods.woken() == {"synthesize": 0, "train": 0}  # each has found its steps committed, by itself or by the other
     for key in store.list(""):
         target = tmp_path / "copy" / key
         target.parent.mkdir(parents=True, exist_ok=True)
