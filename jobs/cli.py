@@ -37,9 +37,10 @@ def plan(
     """What would run, what it costs, what is done and what is missing; with --gpus, the training's schedule."""
     made, runtime = plan_of(study, rehearse), runtime_from(os.environ)
     described = describe(made, done_keys(open_store(runtime.store)))
-    if gpus:
-        from jobs.schedule import schedule_of
+    from jobs.schedule import gpu_hours, print_gpu_hours, print_schedule, schedule_of
 
+    described["gpu_hours"] = gpu_hours(made, described["cost"]["tokens_estimated"], runtime, speed)
+    if gpus:
         described["schedule"] = schedule_of(made, gpus, runtime, speed)
     if as_json:
         typer.echo(json.dumps(described, indent=1))
@@ -59,6 +60,7 @@ def plan(
     for stage, count in tokens.items():
         asked = f"{requests[stage]:,} requests" if stage in requests else f"{described['cost']['training_rows']:,} rows in {described['cost']['steps']:,} steps"
         console.print(f"{stage:<11} {asked}, about {count:,} tokens")
+    print_gpu_hours(described["gpu_hours"], speed)
     if endpoints := described["cost"]["endpoints"]:
         _print_prices(endpoints)
     if limits := described["detectable"]:
@@ -68,8 +70,6 @@ def plan(
             f"{limits['assumed_icc']} assumed): {alone} for one cell, {corrected} for all {len(described['cells'])} after Holm's correction"
         )
     if gpus:
-        from jobs.schedule import print_schedule
-
         print_schedule(described["schedule"])
 
 
@@ -219,7 +219,7 @@ def doctor(
     if context is not None:
         from jobs import cluster, cluster_doctor
 
-        checks = cluster_doctor.diagnose(cluster.connect(context))
+        checks = cluster_doctor.diagnose(cluster.connect(context), plan_of(study))
     else:
         from pipeline import preflight
 

@@ -18,7 +18,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 
-from jobs.manifests import DRIVER, STAGE_LABEL, STUDY_LABEL, Object, instantiate, is_template, object_name, render, stage_of, study_config, study_id
+from jobs.manifests import DRIVER, STAGE_LABEL, STUDY_LABEL, Object, is_template, jobs_for, object_name, render, stage_of, study_config, study_id
 from pipeline.artifacts import Store, done_keys
 from pipeline.errors import StageError, UserError
 from pipeline.plan import STAGES, Plan
@@ -157,9 +157,12 @@ class Cluster:
 
     def logs(self, pod: str, container: str, follow: bool = False) -> Iterator[str]:
         answer = self._send("GET", self._path(POD, pod, "log"), {"container": container, "follow": str(follow).lower()}, timeout=86400 if follow else 60)
-        with answer.response as body:
-            for line in body:
-                yield line.decode(errors="replace").rstrip("\n")
+        try:
+            with answer.response as body:
+                for line in body:
+                    yield line.decode(errors="replace").rstrip("\n")
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise RefusedError(0, f"the log of pod {pod} broke off ({error}); what runs there goes on, and the same command shows it again") from error
 
     def changed(self, kind: Kind, labels: str, version: str, timeout_s: float = POLL_S) -> None:
         """Return at the first change after resourceVersion `version`, at the latest after the timeout. Every trouble of a watch is a change:
@@ -229,9 +232,8 @@ class Cluster:
 
     # ------------------------------------------------------------ one stage
 
-    def run_stage(self, template: Object, plan: Plan, say: Say) -> str | None:
-        """Make the stage's job, or find it, and stay until it ends. None if it ended well, else a sentence why not."""
-        item = instantiate(template, plan)
+    def run_stage(self, item: Object, say: Say) -> str | None:
+        """Make a stage's job, or find it, and stay until it ends. None if it ended well, else a sentence why not."""
         kind, name, stage = (item["apiVersion"], item["kind"]), item["metadata"]["name"], stage_of(item)
         found = self.get(kind, name)
         if found is not None and (self.state(found).ended or "deletionTimestamp" in found["metadata"]):
@@ -320,7 +322,7 @@ def setup(cluster: Cluster, overlay: str, say: Say) -> None:
 
 def submit(cluster: Cluster, plan: Plan, say: Say) -> str:
     """Start the study's launcher, or find it. The name of its Job."""
-    item = instantiate(cluster.templates()[DRIVER], plan)
+    item = jobs_for(cluster.templates(), plan)[DRIVER]
     name = str(item["metadata"]["name"])
     found = cluster.get(JOB, name)
     if found is not None:
@@ -387,7 +389,7 @@ def drive(cluster: Cluster, plan: Plan, store: Store, say: Say) -> int:
     As with `jobs.session.build`, a stage that partly failed does not stop the next ones: they build what does not depend
     on the failures. Raises StageError with all that is missing in the end.
     """
-    templates = cluster.templates()
+    jobs = jobs_for(cluster.templates(), plan)
     before, why = done_keys(store), dict[str, str]()
     for stage in STAGES:
         done = done_keys(store)
@@ -402,7 +404,7 @@ def drive(cluster: Cluster, plan: Plan, store: Store, say: Say) -> int:
             continue
         stopped = False
         try:
-            reason = cluster.run_stage(templates[stage], plan, say)
+            reason = cluster.run_stage(jobs[stage], say)
         except DeletedError as error:
             reason, stopped = str(error), True
         done = done_keys(store)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.cluster import CONFIGMAP, JOB, TEMPLATES, Cluster, RefusedError
-from jobs.manifests import STAGE_LABEL, STUDY_LABEL, Object, pod_templates
+from jobs.manifests import STAGE_LABEL, STUDY_LABEL, Object, image_of, jobs_for, pod_templates
+from pipeline.plan import Plan
 from pipeline.preflight import Check
 
 PROBE_S = 180.0
@@ -24,7 +25,7 @@ CRD = ("apiextensions.k8s.io/v1", "CustomResourceDefinition")
 NEEDED_RIGHTS = (("batch", "jobs"), ("ray.io", "rayjobs"), ("", "configmaps"))
 
 
-def diagnose(cluster: Cluster) -> Iterator[Check]:
+def diagnose(cluster: Cluster, plan: Plan) -> Iterator[Check]:
     version = cluster.request("GET", "/version")
     yield Check("API server", True, f"{version['gitVersion']} answers", "")
     yield _kuberay(cluster)
@@ -33,16 +34,16 @@ def diagnose(cluster: Cluster) -> Iterator[Check]:
         yield Check("set up", False, f"namespace {cluster.namespace} has no templates", "Run `datadose setup OVERLAY --context CONTEXT`")
         return
     yield Check("set up", True, f"with the overlay {found['metadata'].get('annotations', {}).get('datadose/overlay')}", "")
-    templates = cluster.templates()
+    jobs = jobs_for(cluster.templates(), plan)
     yield _rights(cluster)
-    yield from _gpus(cluster, templates)
-    yield _quota(cluster, templates)
-    if any("kueue.x-k8s.io/queue-name" in item["metadata"]["labels"] for item in templates.values()):
-        yield from _queue(cluster, templates)
+    yield from _gpus(cluster, jobs)
+    yield _quota(cluster, jobs)
+    if any("kueue.x-k8s.io/queue-name" in item["metadata"]["labels"] for item in jobs.values()):
+        yield from _queue(cluster, jobs)
     yield from _volumes(cluster)
-    for stage, item in templates.items():
+    for stage, item in jobs.items():
         yield _admitted(cluster, stage, item)
-    yield from _inside(cluster, templates)
+    yield from _inside(cluster, jobs)
 
 
 def _kuberay(cluster: Cluster) -> Check:
@@ -80,8 +81,8 @@ def needs(item: Object) -> tuple[int, int]:
     return sum(count * gpus for count, gpus in each), max(gpus for _, gpus in each)
 
 
-def _gpus(cluster: Cluster, templates: dict[str, Object]) -> Iterator[Check]:
-    together, on_one = (max(values) for values in zip(*map(needs, templates.values()), strict=True))
+def _gpus(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
+    together, on_one = (max(values) for values in zip(*map(needs, jobs.values()), strict=True))
     if not together:
         return
     try:
@@ -94,8 +95,8 @@ def _gpus(cluster: Cluster, templates: dict[str, Object]) -> Iterator[Check]:
     yield Check("GPU nodes", good, found, "Add nodes with NVIDIA's device plugin, or lower replicas in k8s/components/gpus")
 
 
-def _quota(cluster: Cluster, templates: dict[str, Object]) -> Check:
-    wanted = max(needs(item)[0] for item in templates.values())
+def _quota(cluster: Cluster, jobs: dict[str, Object]) -> Check:
+    wanted = max(needs(item)[0] for item in jobs.values())
     tight = []
     for item in cluster.items(("v1", "ResourceQuota")):
         hard, used = item["spec"].get("hard", {}), item.get("status", {}).get("used", {})
@@ -109,10 +110,8 @@ def _number(quantity: str) -> float:
     return float(quantity) if re.fullmatch(r"[0-9.]+", quantity) else float("inf")
 
 
-def _queue(cluster: Cluster, templates: dict[str, Object]) -> Iterator[Check]:
-    name = next(
-        item["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] for item in templates.values() if "kueue.x-k8s.io/queue-name" in item["metadata"]["labels"]
-    )
+def _queue(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
+    name = next(item["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] for item in jobs.values() if "kueue.x-k8s.io/queue-name" in item["metadata"]["labels"])
     found = cluster.get(("kueue.x-k8s.io/v1beta2", "LocalQueue"), name)
     active = [each for each in (found or {}).get("status", {}).get("conditions", ()) if each["type"] == "Active"]
     good = bool(active) and active[0]["status"] == "True"
@@ -150,12 +149,10 @@ def _admitted(cluster: Cluster, stage: str, item: Object) -> Check:
     return Check(f"pods of {stage}", True, "are admitted", "")
 
 
-def _inside(cluster: Cluster, templates: dict[str, Object]) -> Iterator[Check]:
-    images = dict.fromkeys(next(pod_templates(item))["spec"]["containers"][0]["image"] for item in templates.values())
-    store_image = templates["subset"]["spec"]["template"]["spec"]["containers"][0]["image"]
-    for image in images:
-        command = ["python", "-m", "jobs.cli", "doctor", "--store"] if image == store_image else ["python", "-c", "import jobs.cli"]
-        yield from _probe(cluster, templates["subset"], image, command)
+def _inside(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
+    for image in dict.fromkeys(map(image_of, jobs.values())):
+        command = ["python", "-m", "jobs.cli", "doctor", "--store"] if image == image_of(jobs["subset"]) else ["python", "-c", "import jobs.cli"]
+        yield from _probe(cluster, jobs["subset"], image, command)
 
 
 def _probe(cluster: Cluster, template: Object, image: str, command: list[str]) -> Iterator[Check]:

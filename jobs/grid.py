@@ -20,6 +20,7 @@ from jobs.session import build, console, exit_codes, plan_of, runtime_from
 from pipeline.artifacts import Store, open_store, read_manifest
 from pipeline.errors import UserError
 from pipeline.ledger import require_budget
+from pipeline.network import enforce
 from pipeline.plan import Plan
 from pipeline.preflight import preflight
 from pipeline.runtime import Runtime
@@ -44,6 +45,7 @@ def _as_jobs(plan: Plan, runtime: Runtime) -> int:
     from jobs.cluster import connect, drive
 
     assert runtime.namespace is not None
+    enforce(runtime)
     store = open_store(runtime.store)
     require_budget(plan, store)
     return drive(connect(None, runtime.namespace), plan, store, lambda text: print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", flush=True))

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.errors import UserError, nearest
 from pipeline.plan import Plan
-from pipeline.study import Study
+from pipeline.study import ModelName, Study
 
 Object = dict[str, Any]
 """A Kubernetes object as JSON types, of a kind that the API server knows: it is applied with strict field validation."""
@@ -87,6 +87,34 @@ def instantiate(template: Object, plan: Plan) -> Object:
             if volume["name"] == "study":
                 volume["configMap"]["name"] = object_name(plan)
     return made
+
+
+ASKING = {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+"""Of a worker that asks endpoints: what base/ gives one without a GPU."""
+
+
+def jobs_for(templates: Mapping[str, Object], plan: Plan) -> dict[str, Object]:
+    """Stage -> its job for this study. A stage whose models all answer elsewhere holds no GPU, and runs in the small image."""
+    made = {stage: instantiate(template, plan) for stage, template in templates.items()}
+    study = plan.study
+    asked = {"synthesize": [study.synthesis.teacher] if study.synthesis.teacher else [], "judge": study.judging.judges}
+    for stage, models in asked.items():
+        if not any(ModelName.parse(name).has_engine for name in models):
+            _without_engines(made[stage], image_of(templates["subset"]))
+    return made
+
+
+def _without_engines(rayjob: Object, image: str) -> None:
+    for pod in pod_templates(rayjob):
+        for container in pod["spec"]["containers"]:
+            container["image"] = image
+    for group in rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        group["template"]["spec"].pop("tolerations", None)
+        group["template"]["spec"]["containers"][0]["resources"] = copy.deepcopy(ASKING)
+
+
+def image_of(item: Object) -> str:
+    return str(next(pod_templates(item))["spec"]["containers"][0]["image"])
 
 
 def pod_templates(item: Object) -> Iterator[Object]:

@@ -1,8 +1,9 @@
-"""The training of a study on N GPUs, as `datadose plan --gpus` shows it."""
+"""What a study takes of GPUs: hours by stage, and the training on N of them as `datadose plan --gpus` shows it."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from pipeline.errors import UserError
 from pipeline.plan import Plan, tokens_per_training_row
 from pipeline.planner import Device, Load, place
 from pipeline.runtime import Runtime
-from pipeline.study import parse
+from pipeline.study import ModelName, parse
 
 GANG = 8
 """GPUs of one machine: more would wait for a network."""
 ASSUMED_TOKENS_PER_S = 9_800.0
 """Published for LoRA on an 8B model on one H100 without fused kernels (9.8 to 12.4 thousand): the lower end, at any length of a pass."""
+ANSWERED_TOKENS_PER_S = ((30.0, 1_200.0), (0.0, 7_500.0))
+"""From so many billion weights on, tokens of prompts and answers that vLLM passes in a second on a GPU: its own figures of
+version 0.4.3, offline, for Llama 70B on four GPUs and Llama 7B on one (vllm-project/vllm#5046)."""
 
 
 class Speed(BaseModel):
@@ -53,6 +57,40 @@ def schedule_of(plan: Plan, gpus: int, runtime: Runtime, speed: Path | None) -> 
         "rows_on_critical_path": round(in_rows.makespan_s), "rows_at_least": round(in_rows.lower_bound_s),
         "rows_one_gpu_a_cell": max(cell.steps * batch for cell in plan.cells),
     }  # fmt: skip
+
+
+def gpu_hours(plan: Plan, tokens: dict[str, int], runtime: Runtime, speed: Path | None) -> dict[str, float | None]:
+    """Stage -> GPU-hours for its estimated tokens; None where no model of ours does the work."""
+    study = plan.study
+    asked = {"synthesize": (study.synthesis.teacher,), "train": (study.base,), "generate": (study.base,), "judge": study.judging.judges}
+    found: dict[str, float | None] = {}
+    for stage, models in asked.items():
+        ours = [name for name in map(ModelName.parse, filter(None, models)) if name.has_engine]
+        if not ours or not tokens[stage]:
+            found[stage] = None
+        elif stage == "train":
+            found[stage] = schedule_of(plan, 1, runtime, speed)["gpu_hours"]
+        else:
+            found[stage] = sum(tokens[stage] / len(models) / _answered_per_s(name) for name in ours) / 3600
+    return found
+
+
+def _answered_per_s(model: ModelName) -> float:
+    """By the size that its name tells; one that tells none is taken for small."""
+    size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.name, re.IGNORECASE)
+    return next(speed for least, speed in ANSWERED_TOKENS_PER_S if float(size[1] if size else 0) >= least)
+
+
+def print_gpu_hours(hours: dict[str, float | None], speed: Path | None) -> None:
+    told = {stage: f"{value:.2g}" for stage, value in hours.items() if value is not None}
+    if not told:
+        return
+    large, small = (f"{speed:,.0f}" for _, speed in ANSWERED_TOKENS_PER_S)
+    trained = f"as {speed} measured" if speed else f"at {ASSUMED_TOKENS_PER_S:,.0f} tokens/s"
+    console.print(
+        f"GPU-hours: {', '.join(f'{stage} {value}' for stage, value in told.items())} (trained {trained}, answered at {small}, by 30B and more at {large} "
+        "tokens/s a GPU: published for H100s, not measured here)"
+    )
 
 
 def _read(path: Path) -> Speed:

@@ -19,6 +19,7 @@ from pipeline.artifacts import done_keys, open_store
 from pipeline.errors import EndpointStopped, StageError, UserError, WriteError, nearest
 from pipeline.events import Events, Listener
 from pipeline.ledger import require_budget
+from pipeline.network import enforce
 from pipeline.plan import STAGES, Plan, make_plan
 from pipeline.runtime import Runtime
 from pipeline.stages import Context, build_stage
@@ -124,6 +125,7 @@ def run_stage(stage: str) -> None:
         if len(sys.argv) != 2:
             raise UserError(f"usage: python -m jobs.{stage} STUDY (a name in jobs/studies or a .toml file), got {sys.argv[1:]}")
         plan, runtime = plan_of(sys.argv[1]), runtime_from(os.environ)
+        enforce(runtime)
         require_budget(plan, open_store(runtime.store))
         built = build(plan, runtime, (stage,))
         console.print(f"{stage}: {built} steps built")

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.schedule import schedule_of
+from jobs.schedule import gpu_hours, schedule_of
 from pipeline.errors import UserError
 from pipeline.plan import make_plan
 from pipeline.runtime import Runtime
@@ -67,6 +67,25 @@ def test_command_gives_the_schedule_as_json(asked):
     made = json.loads(asked("--gpus", "4", "--json").output)["schedule"]
     assert made["gpus"] == 4
     assert made["measured"] is None
+
+
+def test_gpu_hours_of_each_stage_follow_its_tokens_and_the_size_of_its_model(paper):
+    tokens = {"synthesize": 7_500 * 3600, "train": 1, "generate": 7_500 * 7200, "judge": 1_200 * 3600}
+    found = gpu_hours(paper, tokens, Runtime(), None)
+    assert found == {"synthesize": 1, "train": schedule_of(paper, 1, Runtime(), None)["gpu_hours"], "generate": 2, "judge": 1}  # a 70B judge
+
+
+def test_stages_that_endpoints_answer_take_no_gpu_hours():
+    onprem = make_plan(load_study("onprem"))
+    found = gpu_hours(onprem, {"synthesize": 1, "train": 1, "generate": 1, "judge": 1}, Runtime(), None)
+    assert [stage for stage, hours in found.items() if hours is None] == ["synthesize", "judge"]
+
+
+def test_command_shows_gpu_hours_by_stage(asked, speed):
+    shown = " ".join(asked().output.split())
+    assert "GPU-hours: synthesize 0.57, train 0.61, generate 0.035, judge 1.8" in shown
+    assert "not measured here" in shown
+    assert json.loads(asked("--json", "--speed", str(speed)).output)["gpu_hours"]["train"] == pytest.approx(0.598, abs=0.001)
 
 
 @pytest.mark.parametrize("text", ["not JSON", "[]", '{"points": []}', '{"points": [[1, 1]], "memory_gib": 80, "sped": 1}'])

@@ -86,13 +86,17 @@ def queued(plane: ControlPlane, bucket: str, s3_server: S3Server) -> Iterator[Cl
     yield from _set_up(plane, "kueue", bucket, s3_server)
 
 
-def _set_up(plane: ControlPlane, overlay: str, bucket: str, server: S3Server) -> Iterator[Cluster]:
-
-    cluster = plane.cluster()
-    setup(cluster, overlay, lambda _: None)
+def settle_store(cluster: Cluster, bucket: str, server: S3Server) -> None:
+    """What a user writes into settings.yaml."""
     here = {"DATADOSE_STORE": bucket, "AWS_ENDPOINT_URL_S3": server.endpoint_url, "AWS_DEFAULT_REGION": REGION}
     path = "/api/v1/namespaces/datadose/configmaps/settings"
     cluster.request("PATCH", path, body={"data": here}, content="application/merge-patch+json")
+
+
+def _set_up(plane: ControlPlane, overlay: str, bucket: str, server: S3Server) -> Iterator[Cluster]:
+    cluster = plane.cluster()
+    setup(cluster, overlay, lambda _: None)
+    settle_store(cluster, bucket, server)
     secret(cluster, "store", AWS_ACCESS_KEY_ID=server.access_key, AWS_SECRET_ACCESS_KEY=server.secret_key, CANARY=CANARIES["store"])
     secret(cluster, "endpoints", OPENAI_API_KEY=CANARIES["endpoints"])
     yield cluster

@@ -161,13 +161,16 @@ class ControlPlane:
         """As an administrator."""
         return self._connect(self.kubeconfig, namespace)
 
-    def account_kubeconfig(self, account: str, namespace: str = "datadose") -> Path:
-        """As a pod of this service account would talk to the API server."""
+    def account_token(self, account: str, namespace: str = "datadose") -> str:
+        """What the kubelet puts into a pod of this service account."""
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200}}
-        token = self.cluster().request("POST", path, body=body)["status"]["token"]
+        return str(self.cluster().request("POST", path, body=body)["status"]["token"])
+
+    def account_kubeconfig(self, account: str, namespace: str = "datadose") -> Path:
+        """As a pod of this service account would talk to the API server."""
         target = self.folder / f"kubeconfig-{account}-{secrets.token_hex(3)}"
-        self.write_kubeconfig(target, token)
+        self.write_kubeconfig(target, self.account_token(account, namespace))
         return target
 
     def as_account(self, account: str, namespace: str = "datadose") -> Cluster:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from kubernetes.config import incluster_config
 
-from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, drive, setup, submit, under_way
+from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, connect, drive, setup, submit, under_way
 from jobs.cluster_doctor import diagnose
 from jobs.manifests import STAGE_LABEL, STUDY_LABEL, instantiate, is_template, object_name, pod_templates, render, stage_of, study_config
 from jobs.session import plan_of
@@ -22,7 +25,7 @@ from pipeline.artifacts import Store, done_keys, read_manifest
 from pipeline.errors import UserError
 from pipeline.plan import STAGES, Plan
 from tests.conftest import S3Server
-from tests.k8s.conftest import CANARIES, clear
+from tests.k8s.conftest import CANARIES, clear, settle_store
 from tests.k8s.control_plane import ControlPlane
 from tests.k8s.pods import Pods
 from tests.runs import ROOT, tables
@@ -84,10 +87,10 @@ def test_every_object_of_an_overlay_and_every_pod_is_admitted(plane: ControlPlan
         clear(plane, cluster)
 
 
-NEWER_CRDS = Path(os.environ.get("DATADOSE_CRDS", ROOT.parent / "shared" / "crds")) / "kuberay-v1.7.0" / "ray.io_rayjobs.yaml"
+NEWER_CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "crds")) / "kuberay-v1.7.0" / "ray.io_rayjobs.yaml"
 
 
-@pytest.mark.skipif(not NEWER_CRDS.is_file(), reason="KubeRay 1.7's definitions are not beside this folder (DATADOSE_CRDS names another place)")
+@pytest.mark.skipif(not NEWER_CRDS.is_file(), reason="KubeRay 1.7's definitions are not beside this folder (KUBERAY_CRDS names another place)")
 def test_the_rayjobs_of_all_overlays_fit_the_schema_of_kuberay_17(plane: ControlPlane, small: Plan):
     """The operator of 1.7 cannot be had as a Go module; its definition can be tried, under a name of its own beside the one of 1.6."""
     cluster = plane.cluster()
@@ -218,10 +221,24 @@ def _no_canaries(plane: ControlPlane, cluster: Cluster, pods: Pods, store: Store
             assert canary not in text, f"a secret is in {place}"
 
 
-def test_cancelled_studies_leave_no_object_and_go_on_where_they_were(plane: ControlPlane, laptop: Cluster, pods: Pods, store: Store, small: Plan):
+def make(plane: ControlPlane, *arguments: str) -> str:
+    """A target of the Makefile as a user types it, in the environment that the tests run in."""
+    command = ["make", *arguments, "CONTEXT=test", f"BIN={Path(sys.executable).parent}", "--old-file=env"]
+    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_make_grid_submits_its_log_is_followed_and_a_cancelled_study_goes_on_where_it_was(
+    plane: ControlPlane, laptop: Cluster, pods: Pods, store: Store, bucket: str, s3_server: S3Server, small: Plan, small_study: Path
+):
     pods.playing |= {"grid", "synthesize", "subset"}
-    submit(laptop, small, lambda _: None)
+    assert "ConfigMap templates: generate, grid, judge, report" in make(plane, "cluster", "OVERLAY=laptop").replace(".json", "")
+    settle_store(laptop, bucket, s3_server)
+    assert f"small is submitted: Job {object_name(small, 'grid')}" in make(plane, "grid", f"STUDY={small_study}")
     wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
+    _follow_the_log(plane, small_study)
     cancel(laptop, small, lambda _: None)
     wait_for(plane, lambda: not any(laptop.items(kind) for kind in (JOB, RAYJOB, POD)), "an empty namespace")
     kept = done_keys(store)
@@ -233,6 +250,21 @@ def test_cancelled_studies_leave_no_object_and_go_on_where_they_were(plane: Cont
     assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 300) == "succeeded", pods.printed("grid")
     assert [stage for stage, _ in pods.started[before:]] == ["grid", "train", "generate", "judge", "report"]
     assert kept < done_keys(store)
+
+
+def _follow_the_log(plane: ControlPlane, study: Path) -> None:
+    log, kept = plane.folder / "pod.log", (plane.folder / "pod.log").read_text()
+    command = [sys.executable, "-m", "jobs.cli", "logs", str(study), "--context", "test", "-f"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "KUBECONFIG": str(plane.kubeconfig)}, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            assert following.stdout.readline() == "a line of a pod's log\n"
+            with log.open("a") as file:
+                file.write(kept.replace("a line", "another line"))
+            assert following.stdout.readline() == "another line of a pod's log\n"
+        finally:
+            following.terminate()
+            log.write_text(kept)
 
 
 def test_a_rayjob_deleted_by_hand_ends_the_study_and_says_so(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
@@ -307,7 +339,7 @@ def test_a_rayjob_that_the_operator_refuses_has_failed(plane: ControlPlane, sa_c
     text = said(plane, sa_cluster, small, train, "refuses it")
     assert text.startswith("failed: KubeRay's operator refuses it")
     assert "minimum Ray version is 2.52.0" in text
-    reason = sa_cluster.run_stage({**train, "spec": train["spec"] | {"activeDeadlineSeconds": 9000}}, small, lambda _: None)
+    reason = sa_cluster.run_stage(instantiate({**train, "spec": train["spec"] | {"activeDeadlineSeconds": 9000}}, small), lambda _: None)
     assert reason is not None
     assert "minimum Ray version is 2.52.0" in reason
 
@@ -395,7 +427,7 @@ def test_doctor_names_what_is_missing(plane: ControlPlane, laptop: Cluster, pods
     data = {f"{stage}.json": json.dumps(item) for stage, item in templates.items()}
     laptop.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "templates", "namespace": "datadose"}, "data": data})
     with quota(plane, laptop, pods="3"):
-        checks = {check.name: check for check in diagnose(laptop)}
+        checks = {check.name: check for check in diagnose(laptop, plan_of("laptop"))}
     assert not checks["GPU nodes"].passed
     assert "9 on one node" in checks["GPU nodes"].found
     assert not checks["quota"].passed
@@ -430,6 +462,29 @@ def test_the_launchers_account_is_refused_what_it_does_not_need(plane: ControlPl
         with pytest.raises(RefusedError) as caught:
             attempt()
         assert caught.value.status == 403
+
+
+def test_inside_a_pod_its_own_token_is_used_and_a_newer_one_once_the_kubelet_has_written_it(
+    plane: ControlPlane, laptop: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    token, now = tmp_path / "token", [datetime.datetime.now(datetime.UTC)]
+    token.write_text("a-token-that-has-run-out")
+    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda **_: now[0]), timedelta=datetime.timedelta)
+    monkeypatch.setattr(incluster_config, "datetime", clock)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(plane.certificates.ca))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(plane.ports["api"]))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    inside = connect()
+    with pytest.raises(RefusedError) as caught:
+        inside.templates()
+    assert caught.value.status == 401
+    token.write_text(plane.account_token("launcher"))
+    now[0] += datetime.timedelta(minutes=2)
+    assert inside.templates().keys() == {"grid", *STAGES}
+    with pytest.raises(RefusedError, match="system:serviceaccount:datadose:launcher"):
+        inside.get(("v1", "Secret"), "store")
 
 
 # ---------------------------------------------------------------- Kueue

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 
-from jobs.manifests import STAGE_LABEL, STUDY_FOLDER, instantiate, is_template, known_overlays, object_name, pod_templates, render, stage_of, study_files
+from jobs.manifests import (
+    STAGE_LABEL,
+    STUDY_FOLDER,
+    instantiate,
+    is_template,
+    jobs_for,
+    known_overlays,
+    object_name,
+    pod_templates,
+    render,
+    stage_of,
+    study_files,
+)
 from pipeline.network import OFFLINE
 from pipeline.plan import STAGES, make_plan
 from pipeline.runtime import Runtime
@@ -180,6 +192,19 @@ def test_gpus_are_limited_as_requested_and_settings_use_them_all(overlay):
             if "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]:
                 workers = settings["DATADOSE_TRAIN_WORKERS" if stage_of(item) == "train" else "DATADOSE_ANSWER_WORKERS"]
                 assert group["replicas"] == int(workers)
+
+
+@pytest.mark.parametrize(("overlay_name", "study", "without"), [("gpu", "paper", set()), ("onprem", "onprem", {"synthesize", "judge"})])
+def test_a_stage_that_endpoints_answer_holds_no_gpu_and_runs_in_the_small_image(overlay_name, study, without):
+    jobs = jobs_for({stage_of(item): item for item in jobs_of(render(overlay_name))}, make_plan(load_study(study)))
+    for stage in ("synthesize", "train", "generate", "judge"):
+        (group,) = jobs[stage]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        pod = group["template"]["spec"]
+        assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == (stage not in without)
+        assert ("tolerations" in pod) == (stage not in without)
+        images = {container["image"].rpartition("/")[2].partition(":")[0] for each in pod_templates(jobs[stage]) for container in containers_of(each)}
+        assert images == {"core" if stage in without else "train" if stage == "train" else "serve"}
+        assert group["replicas"] == 4
 
 
 def test_secrets_are_referred_to_and_never_written(overlay):
