@@ -201,13 +201,10 @@ class ControlPlane:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def stop(self, name: str) -> None:
+        """As a crash does."""
         process = self._processes.pop(name)
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
     def start_api(self) -> None:
         ours = self.certificates
@@ -249,9 +246,8 @@ class ControlPlane:
         self._start_kueue()
 
     def close(self) -> None:
-        for process in self._processes.values():  # at once: nothing of it is kept
-            process.kill()
-            process.wait()
+        for name in list(self._processes):
+            self.stop(name)
         self.dashboard.close()
 
     def _await_url(self, url: str, name: str) -> None:

@@ -19,7 +19,20 @@ from kubernetes.config import incluster_config
 
 from jobs.cluster import CONFIGMAP, EVENT, JOB, POD, RAYJOB, WORKLOAD, Cluster, RefusedError, cancel, connect, drive, setup, submit, under_way
 from jobs.cluster_doctor import diagnose
-from jobs.manifests import STAGE_LABEL, STUDY_LABEL, instantiate, is_template, object_name, pod_templates, render, stage_of, study_config
+from jobs.manifests import (
+    STAGE_LABEL,
+    STUDY_LABEL,
+    image_of,
+    instantiate,
+    is_template,
+    jobs_for,
+    object_name,
+    pod_templates,
+    render,
+    stage_of,
+    study_config,
+    study_id,
+)
 from jobs.session import plan_of
 from pipeline.artifacts import Store, done_keys, read_manifest
 from pipeline.errors import UserError
@@ -138,33 +151,34 @@ def test_a_field_that_no_schema_knows_is_refused(laptop: Cluster, small: Plan):
         laptop.apply(template, dry_run=True)
 
 
-def test_the_operator_makes_the_pods_that_we_meant(plane: ControlPlane, small: Plan):
-    cluster = plane.cluster()
-    setup(cluster, "gpu", lambda _: None)
-    cluster.apply(study_config(small, cluster.namespace))
-    templates = cluster.templates()
+@pytest.mark.parametrize(("overlay", "study"), [("gpu", "paper"), ("onprem", "onprem")])
+def test_the_operator_makes_the_pods_that_we_meant(plane: ControlPlane, overlay: str, study: str):
+    cluster, plan = plane.cluster(), plan_of(study)
+    setup(cluster, overlay, lambda _: None)
+    cluster.apply(study_config(plan, cluster.namespace))
+    jobs = jobs_for(cluster.templates(), plan)
     try:
         for stage in RAY_STAGES:
-            cluster.apply(instantiate(templates[stage], small))
+            cluster.apply(jobs[stage])
         for stage in RAY_STAGES:
             labels = f"{STUDY_LABEL},{STAGE_LABEL}={stage}"
             pods = wait_for(plane, lambda labels=labels: len(found := running(cluster, labels)) == 6 and found, f"head, workers and submitter of {stage}")
-            item = cluster.get(RAYJOB, object_name(small, stage))
+            item = cluster.get(RAYJOB, object_name(plan, stage))
             assert item is not None
             assert cluster.state(item).phase == "running", item["status"]
-            image = templates[stage]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
             kinds = sorted(pod["metadata"]["labels"].get("ray.io/node-type", "submitter") for pod in pods)
             assert kinds == ["head", "submitter", "worker", "worker", "worker", "worker"]
+            asks = overlay == "onprem" and stage in ("synthesize", "judge")  # the servers, which have GPUs of their own
             for pod in pods:
                 kind, container = pod["metadata"]["labels"].get("ray.io/node-type", "submitter"), pod["spec"]["containers"][0]
-                assert {each["image"] for each in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ()))} == {image}
-                assert gpus(pod) == (kind == "worker")
+                assert {each["image"] for each in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ()))} == {image_of(jobs[stage])}
+                assert gpus(pod) == (kind == "worker" and not asks)
                 assert pod["spec"]["serviceAccountName"] == "stage"
                 assert pod["spec"]["priorityClassName"] == "datadose"
                 assert not any(volume["name"].startswith("kube-api-access") for volume in pod["spec"].get("volumes", ()))
                 (token,) = (entry for entry in container["env"] if entry["name"] == "RAY_AUTH_TOKEN")
                 assert "secretKeyRef" in token["valueFrom"]  # Ray's own token, by reference
-                assert pod["spec"]["nodeName"].startswith("gpu" if kind == "worker" else "cpu")
+                assert pod["spec"]["nodeName"].startswith("gpu" if gpus(pod) else "cpu")
     finally:
         clear(plane, cluster)
 
@@ -532,6 +546,42 @@ def test_kueue_admits_suspends_preempts_and_resumes(plane: ControlPlane, queue: 
     queue.delete(RAYJOB, object_name(small, "generate"))
     wait_for(plane, lambda: workers("train") == 4, "the training, resumed")
     wait_for(plane, lambda: about("train") == "", "no complaint about the training")
+
+
+def test_a_study_waits_in_the_queue_gives_way_and_resumes(plane: ControlPlane, queue: Cluster, pods_ray: str, small: Plan):
+    """A job of somebody else's that is more urgent has all GPUs when the training's turn comes, and once more while it runs."""
+    here = {"DATADOSE_GPUS_PER_WORKER": "0", "DATADOSE_TRAIN_WORKERS": "1", "DATADOSE_ANSWER_WORKERS": "1"}  # commands run on this machine
+    queue.request("PATCH", "/api/v1/namespaces/datadose/configmaps/settings", body={"data": here}, content="application/merge-patch+json")
+    queue.apply({
+        "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "metadata": {"name": "urgent"}, "value": 100_000,
+    })  # fmt: skip
+    urgent = instantiate(queue.templates()["train"], plan_of("laptop"))  # a stage that nobody plays yet
+    urgent["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] = "urgent"
+
+    def workers(labels: str) -> int:
+        return sum(pod["metadata"]["labels"].get("ray.io/node-type") == "worker" for pod in running(queue, labels))
+
+    training, others = f"{STUDY_LABEL}={study_id(small)},{STAGE_LABEL}=train", f"{STUDY_LABEL}={study_id(plan_of('laptop'))}"
+    pods = Pods(plane, pods_ray, playing={*STAGES, "grid"} - {"train"})
+    try:
+        queue.apply(urgent)
+        wait_for(plane, lambda: workers(others) == 4, "the urgent job's GPUs")
+        submit(queue, small, lambda _: None)
+        wait_for(plane, lambda: "train waits: Kueue has not admitted it: " in pods.printed("grid"), "the launcher's word about the queue")
+        assert workers(training) == 0
+        queue.delete(RAYJOB, urgent["metadata"]["name"])
+        wait_for(plane, lambda: workers(training) == 4, "the training, admitted")
+
+        queue.apply(urgent)
+        wait_for(plane, lambda: "train waits: Kueue has taken its place back (Preempted)" in pods.printed("grid"), "the launcher's word about the preemption")
+        wait_for(plane, lambda: workers(others) == 4 and workers(training) == 0, "the urgent job in place of the training")
+        queue.delete(RAYJOB, urgent["metadata"]["name"])
+        wait_for(plane, lambda: workers(training) == 4, "the training, resumed")
+        pods.playing.add("train")
+        assert wait_for(plane, lambda: ended(queue, small), "the study's end", 300) == "succeeded", pods.printed("grid")
+        assert [stage for stage, _ in pods.started] == ["grid", *STAGES]
+    finally:
+        pods.close()
 
 
 # ---------------------------------------------------------------- watches
