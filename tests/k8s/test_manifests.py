@@ -272,7 +272,8 @@ def test_nothing_comes_in_but_from_the_namespace_and_kuberay(overlay):
         for rule in item["spec"].get("ingress", ()):
             for peer in rule["from"]:
                 if "namespaceSelector" in peer:
-                    assert peer["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+                    (operator,) = peer["podSelector"]["matchExpressions"]
+                    assert operator == {"key": "app.kubernetes.io/name", "operator": "In", "values": ["kuberay-operator", "kuberay"]}
                     assert rule["ports"] == [{"protocol": "TCP", "port": 8265}]
                 else:
                     assert peer == {"podSelector": {}}
