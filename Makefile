@@ -60,10 +60,11 @@ bench: env ## measure both sides of every claim about speed, write BENCHMARKS.md
 bench-gpu: ## tokens/s and memory of training on one GPU; needs torch, transformers, peft and bitsandbytes only
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.gpu.bench
 
-check: env ## lint, formatting and types
+check: env ## lint, formatting and types, of the Dockerfile too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint images/Dockerfile
 
 format: env ## mend what the linter can mend, and format
 	$(BIN)/ruff check --fix .
