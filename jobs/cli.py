@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.session import FAILED, PARTLY_BUILT, console, exit_codes, plan_of, runtime_from
+from jobs.session import FAILED, PARTLY_BUILT, console, exit_codes, plan_of, runtime_from, store_trouble
 from pipeline.artifacts import done_keys, open_store
 from pipeline.plan import Plan, describe
 from pipeline.study import known_studies, load_study
@@ -248,16 +248,15 @@ def _take_store_of(context: str) -> None:
 
 def _status_on(context: str, made: Plan, as_json: bool) -> None:
     """State comes from the store first; the objects say what is under way. A store out of reach from here is said, and is no error."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
     from jobs import cluster
 
     _take_store_of(context)
     described, trouble = None, None
     try:
         described = describe(made, done_keys(open_store(runtime_from(os.environ).store)))
-    except (BotoCoreError, ClientError) as error:
-        trouble = f"the store {os.environ.get('DATADOSE_STORE')} cannot be read from here ({error}); set AWS_ENDPOINT_URL_S3 and keys so that it can"
+    except Exception as error:
+        if (trouble := store_trouble(error)) is None:
+            raise
     lines = cluster.under_way(cluster.connect(context), made)
     if as_json:
         kept = {key: described[key] for key in ("study", "stages", "cells", "missing")} if described else {"study": made.study.name}

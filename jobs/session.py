@@ -65,9 +65,23 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print("[red]stopped; what is committed stays, the same command goes on from there[/red]")
         sys.exit(PARTLY_BUILT)
+    except Exception as error:
+        if (told := store_trouble(error)) is None:
+            raise
+        errors.print(f"[red]{_plain(told)}[/red]")
+        sys.exit(USAGE)
 
 
-def _plain(error: Exception) -> str:
+def store_trouble(error: Exception) -> str | None:
+    """What to do about an S3 store that cannot be used from here; None for any other error."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if not isinstance(error, (BotoCoreError, ClientError)):
+        return None
+    return f"the store {os.environ.get('DATADOSE_STORE')} cannot be used from here ({error}); set AWS_ENDPOINT_URL_S3 and keys so that it can"
+
+
+def _plain(error: Exception | str) -> str:
     return str(error).replace("[", "\\[")
 
 

@@ -281,7 +281,9 @@ def _follow_the_log(plane: ControlPlane, study: Path) -> None:
             log.write_text(kept)
 
 
-def test_a_rayjob_deleted_by_hand_ends_the_study_and_says_so(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
+def test_a_rayjob_deleted_by_hand_ends_the_study_and_says_so_also_where_the_store_is_out_of_reach(
+    plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan, small_study: Path, monkeypatch: pytest.MonkeyPatch
+):
     pods.playing |= {"grid", "synthesize", "subset"}
     submit(laptop, small, lambda _: None)
     wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
@@ -290,17 +292,26 @@ def test_a_rayjob_deleted_by_hand_ends_the_study_and_says_so(plane: ControlPlane
     (line,) = [line for line in under_way(laptop, small) if line.startswith("launcher")]
     assert f"RayJob {object_name(small, 'train')} was deleted while it ran" in line
     assert "another submit goes on from there" in line
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    far = datadose(plane, "status", str(small_study), "--context", "test")
+    assert far.returncode == 0
+    assert "cannot be used from here" in far.stdout
+    assert "was deleted while it ran" in far.stdout
+    assert datadose(plane, "report", str(small_study), "--context", "test").stderr.startswith("the store s3://")
 
 
-def test_a_restart_of_the_api_server_is_outlasted(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
+def test_a_restart_of_the_api_server_and_a_launcher_that_moves_are_outlasted(plane: ControlPlane, laptop: Cluster, pods: Pods, small: Plan):
     pods.playing |= {"grid", "synthesize", "subset"}
     submit(laptop, small, lambda _: None)
     wait_for(plane, lambda: running(laptop, f"{STAGE_LABEL}=train"), "pods of the training")
     plane.stop("kube-apiserver")
     plane.start_api()
+    (launcher,) = running(laptop, f"{STAGE_LABEL}=grid")
+    laptop.delete(POD, launcher["metadata"]["name"])  # as a node that is drained does
     pods.playing |= set(STAGES)
     assert wait_for(plane, lambda: ended(laptop, small), "the study's end", 300) == "succeeded", pods.printed("grid")
-    assert [stage for stage, _ in pods.started] == ["grid", *STAGES]  # each once
+    assert sorted(stage for stage, _ in pods.started) == sorted(["grid", "grid", *STAGES])  # each stage once
 
 
 def test_attempts_that_overlap_leave_one_result(

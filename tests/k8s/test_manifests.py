@@ -287,7 +287,7 @@ def test_onprem_is_closed_for_python_and_every_librarys_telemetry_is_off_in_ever
     assert not settings.keys() & OFFLINE.keys()
 
 
-def test_onprem_servers_check_what_they_serve():
+def test_onprem_checks_the_models_that_it_serves_and_trains():
     items = render("onprem")
     models = {item["metadata"]["name"]: item for item in items if item["kind"] == "Deployment"}
     assert set(models) == {"teacher", "judge"}
@@ -298,5 +298,13 @@ def test_onprem_servers_check_what_they_serve():
         served = pod["containers"][0]["command"]
         assert served[:2] == ["vllm", "serve"]
         assert Path(served[2]).parent == Path("/models")
+        assert f"' ./{Path(served[2]).name}/'" in check["command"][-1]
+    base = Path(load_study("onprem").base)
+    for item in jobs_of(items):
+        if stage_of(item) in ("train", "generate"):  # they run the base themselves
+            (group,) = item["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+            (check,) = group["template"]["spec"]["initContainers"]
+            assert f"' ./{base.name}/' | sha256sum --check --strict" in check["command"][-1]
+            assert base.parent == Path(check["volumeMounts"][0]["mountPath"])
     judge = models["judge"]["spec"]["template"]["spec"]["containers"][0]
     assert judge["command"][judge["command"].index("--tensor-parallel-size") + 1] == judge["resources"]["limits"]["nvidia.com/gpu"]
