@@ -499,6 +499,6 @@ def _warning(events: list[Object], pods: list[Object]) -> str:
     well = {pod["metadata"]["name"] for pod in pods if pod.get("status", {}).get("phase") in ("Running", "Succeeded")}
     for event in events:
         about = event["involvedObject"]
-        if about.get("name") not in well and event.get("reason") not in ("Unhealthy", "FailedScheduling"):
+        if about.get("name") not in well and not str(event.get("reason")).startswith(("Unhealthy", "FailedScheduling", "FailedToDelete")):
             return f"{about.get('kind')} {about.get('name')} (event {event.get('reason')}): {event.get('message')}"
     return ""
