@@ -48,7 +48,7 @@ judges = ["scripted/longest"]
 
 def environment(store: Path | str, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DATADOSE_")}
-    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **extra}
+    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", **extra}
 
 
 FORKS = multiprocessing.get_context("forkserver")

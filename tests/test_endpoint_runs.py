@@ -148,14 +148,14 @@ def test_run_that_reaches_its_budget_ends_with_3_and_goes_on_with_a_larger_one(t
 def test_too_many_failed_rows_stop_the_stage_and_once_mended_only_these_are_asked_again(tmp_path, ray_address):
     store, few = tmp_path / "store", study(tmp_path, quarantined=0.1)
     with EndpointServer(chances={"400": 0.4}, seed=SPARING) as server:
-        run = datadose("run", few, store=store, RAY_ADDRESS=ray_address, **setting(server))
+        run = datadose("run", few, "--only", "synthesize", store=store, RAY_ADDRESS=ray_address, **setting(server))
         assert run.returncode == 3, run.stderr
         flat = " ".join(run.stderr.split())
         assert "synthesis.max_quarantined = 0.1" in flat
         assert "x error: " in flat
         answered = sum(server.delivered().values())
         server.configure(chances={})
-        rest = datadose("run", few, store=store, RAY_ADDRESS=ray_address, **setting(server))
+        rest = datadose("run", few, "--only", "synthesize", store=store, RAY_ADDRESS=ray_address, **setting(server))
         assert rest.returncode == 0, rest.stderr
         assert of_rows(server.asked_after_delivery()) == []
         assert sum(server.delivered().values()) > answered

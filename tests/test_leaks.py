@@ -46,7 +46,7 @@ def holding(texts: dict[str, str], secret: str) -> list[str]:
     return [name for name, text in texts.items() if secret in text]
 
 
-@pytest.mark.parametrize(("source", "batch"), [("environment", "0"), ("file", "0"), ("environment", "1")])
+@pytest.mark.parametrize(("source", "batch"), [("environment", "0"), ("file", "1")])
 def test_key_of_an_endpoint_is_in_no_file_no_output_and_no_log_of_the_run(tmp_path, study, server, source, batch):
     if source == "file":
         (tmp_path / "key").write_text(f"{CANARY}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -24,9 +25,8 @@ def small(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
-def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, ray_address):
-    store = tmp_path / "store"
-    assert datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address).returncode == 0
+def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, finished, ray_address):
+    store = shutil.copytree(finished, tmp_path / "store")
     before = contents(store)
     changed = small(tmp_path, ("steps = [2]", "steps = [2, 3]"))
     run = datadose("run", changed, store=store, RAY_ADDRESS=ray_address)
@@ -37,10 +37,24 @@ def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, 
     assert added == {"train", "generate", "judge", "report"}
 
 
-def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray_address):
-    store = tmp_path / "store"
-    run = datadose("run", small(tmp_path, ("scripted/longest", "scripted/first")), store=store, RAY_ADDRESS=ray_address)
+@pytest.fixture(scope="module")
+def many_companies(tmp_path_factory, ray_address):
+    """A study with two hundred companies of its own and a judge that looks at position alone."""
+    folder = tmp_path_factory.mktemp("many")
+    study = study_with_companies(folder, 200, held_out=["kite-7", "kite-70"])
+    study.write_text(study.read_text().replace("scripted/longest", "scripted/first"))
+    run = datadose("run", study, store=folder / "store", RAY_ADDRESS=ray_address)
     assert run.returncode == 0, run.stderr
+    return folder / "store", run
+
+
+def test_study_with_two_hundred_companies_of_its_own_runs_as_one_with_two(many_companies):
+    answers = pq.read_table(report_files(many_companies[0], "small")["answers.parquet"])
+    assert set(answers["company"].to_pylist()) == {"Kite 7", "Kite 70"}
+
+
+def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(many_companies):
+    store, run = many_companies
     assert "The judge cannot be trusted" in run.stdout
     results = json.loads(report_files(store, "small")["results.json"].read_text())
     assert [gate["passed"] for gate in results["gates"] if gate["about"] == "blind-0"] == [True, False]
@@ -70,16 +84,6 @@ def test_both_protocols_judge_every_pair_and_an_empty_answer_like_any_other(tmp_
     assert set(lost) == {"baseline"}
 
 
-def test_study_without_a_judge_ends_with_a_report_that_needs_none(tmp_path, ray_address):
-    store = tmp_path / "store"
-    run = datadose("run", small(tmp_path, ('[judging]\njudges = ["scripted/longest"]\n', "")), store=store, RAY_ADDRESS=ray_address)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(report_files(store, "small")["results.json"].read_text())
-    assert results["judges"] == []
-    assert all(cell["heldout_loss"] is not None and cell["win_rates"] == {} for cell in results["cells"])
-    assert datadose("report", tmp_path / "small.toml", "--out", tmp_path / "out", store=store).returncode == 0
-
-
 def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path, ray_address):
     store = tmp_path / "store"
     few = small(tmp_path, ('teacher = "scripted/writer"', 'teacher = "scripted/rough"'), ("rows = [8]", "rows = [24]"))
@@ -92,7 +96,7 @@ def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_pat
 
 def test_two_runs_at_once_on_one_store_give_one_result(tmp_path, ray_address):
     store, study = tmp_path / "store", small(tmp_path)
-    runs = [start("run", study, store=store, RAY_ADDRESS=ray_address) for _ in range(2)]
+    runs = [start("run", study, store=store, RAY_ADDRESS=address) for address in (ray_address, "")]
     for run in runs:
         ended = run.wait()
         assert ended.returncode == 0, ended.stderr
@@ -152,16 +156,11 @@ def test_study_on_a_users_table_quarantines_bad_rows_by_line_and_needs_no_teache
     assert run.returncode == 0, run.stderr
     results = json.loads(report_files(tmp_path / "store", "mine")["results.json"].read_text())
     assert results["judge_trusted"] is None
+    assert results["judges"] == []
+    assert all(cell["heldout_loss"] is not None and cell["win_rates"] == {} for cell in results["cells"])
     assert results["measure"] == "accuracy"
     train = results["rows"]["train"]
     assert (train["asked"], train["ok"], train["by_status"]) == (20, 18, {"error": 2})
     assert sorted(reason.partition(":")[0] for reason in train["reasons"]) == ["line 26", "line 27"]
     assert results["cells"][0]["tiers"].keys() == {"new shop"}
     assert results["cells"][0]["scores"].keys() >= {"valid JSON", "no unknown keys", "color", "price", "accuracy", "F1"}
-
-
-def test_study_with_two_hundred_companies_of_its_own_runs_as_one_with_two(tmp_path, ray_address):
-    run = datadose("run", study_with_companies(tmp_path, 200, held_out=["kite-7", "kite-70"]), store=tmp_path / "store", RAY_ADDRESS=ray_address)
-    assert run.returncode == 0, run.stderr
-    answers = pq.read_table(report_files(tmp_path / "store", "small")["answers.parquet"])
-    assert set(answers["company"].to_pylist()) == {"Kite 7", "Kite 70"}
