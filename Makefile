@@ -25,10 +25,10 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY)
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m "real and not long"
 
-test-long: env ## 17,600 rows behind an endpoint, killed five times; its speed against vLLM's own client: minutes
+test-long: env ## what takes longer: 17,600 rows behind an endpoint, killed five times; bfloat16; a killed gang
 	RAY_ADDRESS= $(BIN)/python -m pytest -m long
 
 test-fast: env ## the tests of the pure core: under a minute

@@ -35,8 +35,10 @@ ray.shutdown()
 """
 
 
-def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_path):
-    run = subprocess.run([sys.executable, "-c", CODE], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_path, ray_address):
+    run = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment(tmp_path, RAY_ADDRESS=ray_address), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -75,16 +75,17 @@ def near(found, wanted):
     return True
 
 
-def test_killed_run_goes_on_from_its_checkpoints_and_ends_with_the_same_bytes(study, alone, store, ray_address):
-    process = start("run", study, "--only", "train", store=store, RAY_ADDRESS=ray_address, DATADOSE_CHECKPOINT_EVERY_S="0")
+def test_killed_run_goes_on_from_its_checkpoints_and_ends_with_the_same_bytes(study, alone, store, ray_cluster):
+    process = start("run", study, "--only", "train", store=store, RAY_ADDRESS=ray_cluster.address, DATADOSE_CHECKPOINT_EVERY_S="0")
     while not any(int(path.name.split("-")[1]) >= 3 for path in (store / "checkpoints").rglob("packed-*")):
         assert process.poll() is None, process.wait().stderr
         time.sleep(0.01)  # polls another program's files
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    ray_cluster.settled()
     left = list((store / "checkpoints").rglob("packed-*"))
     assert left
-    assert trained(study, store, ray_address) == alone
+    assert trained(study, store, ray_cluster.address) == alone
     assert not [path for path in (store / "checkpoints").rglob("*") if path.is_file()]
 
 

@@ -37,6 +37,7 @@ def ensure_ray(runtime: Runtime) -> None:
     embedded = not os.environ.get("RAY_ADDRESS")
     if embedded:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for what happens to rented machines
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so late at most is it seen that a stage is done
     hook = worker_hook(runtime)
     ray.init(
         logging_level=logging.ERROR,
