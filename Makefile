@@ -25,11 +25,11 @@ doctor: env ## check this machine and say what to do about each finding
 	@$(BIN)/datadose doctor $(STUDY)
 
 test: env ## all tests (the real small model among them: minutes)
-	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 3 --dist loadfile --no-loadscope-reorder --durations=20
+	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m "real and not long"
 
-test-long: env ## what takes longer: 17,600 rows behind an endpoint, killed five times; bfloat16; a killed gang
-	RAY_ADDRESS= $(BIN)/python -m pytest -m long
+test-long: env ## the longest tests: 17,600 rows behind an endpoint and five kills, gangs, bfloat16
+	RAY_ADDRESS= $(BIN)/python -m pytest -m long --durations=10
 
 test-fast: env ## the tests of the pure core: under a minute
 	$(BIN)/python -m pytest -m fast -n 2

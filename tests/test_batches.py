@@ -243,6 +243,7 @@ def test_run_killed_at_any_moment_makes_no_second_batch(server, tmp_path):
     assert sum(count - 1 for count in twice.values()) <= 2  # killed with the one question under way that goes by itself
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_study_killed_while_its_batches_wait_collects_them_and_ends_and_its_key_is_nowhere(server, tmp_path, monkeypatch):
     server.restart(key=KEY, batch_s=4.0)

@@ -60,6 +60,7 @@ def killed(process: Run) -> None:
     process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_study_killed_on_the_way_asks_twice_at_most_for_what_was_under_way(tmp_path):
     store, kills = tmp_path / "store", (9,)

@@ -296,7 +296,8 @@ def together(base, tmp_path, size: int, fatal: int | None = None) -> list[int | 
     return [member.exitcode for member in members]
 
 
-@pytest.mark.parametrize("size", [3])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
 def test_gang_trains_the_adapters_of_one_worker_with_the_global_batch_unchanged(base, tmp_path, size):
     assert together(base, tmp_path, size) == [0] * size
     for cell in cells(tmp_path / "alone", (8, 8, 8)):
