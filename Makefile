@@ -28,7 +28,7 @@ test: env ## all tests (the real small model among them: minutes)
 	RAY_ADDRESS= $(BIN)/python -m pytest -m "not real and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m "real and not long"
 
-test-long: env ## the longest tests: 17,600 rows behind an endpoint and five kills, gangs, bfloat16
+test-long: env ## the longest tests: 17,600 rows behind an endpoint and five kills, gangs, cells killed
 	RAY_ADDRESS= $(BIN)/python -m pytest -m long --durations=10
 
 test-fast: env ## the tests of the pure core: under a minute

@@ -27,7 +27,7 @@ settings.register_profile("datadose", max_examples=50, deadline=None, derandomiz
 settings.load_profile("datadose")
 
 LONG_FIRST = (
-    "test_crash.py", "test_studies.py", "test_training_runs.py", "test_endpoint_runs.py", "test_training_shared.py", "test_leaks.py", "test_report_page.py",
+    "test_crash.py", "test_studies.py", "test_endpoint_runs.py", "test_training_shared.py", "test_leaks.py", "test_report_page.py",
     "test_rehearsal.py", "test_batches.py", "test_verdict_statistics.py", "test_trainers.py", "test_budget.py", "test_engines.py", "test_bench.py",
 )  # fmt: skip
 REGION = "us-east-1"

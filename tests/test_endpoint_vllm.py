@@ -89,7 +89,8 @@ def test_judge_answers_by_the_protocol(ask, name):
     prompt = [{"role": "user", "content": "Write a post for a bakery."}]
     pairs = [("Fresh bread at seven. Come by!", "bread"), ("no", "What smells so good? Our rye does. Order yours today.")]
     shown = [(order, judging.question(protocol, rubric, prompt, *pair, order)) for pair in pairs for order in protocol.orders]
-    completions = ask(*(Request(conversation, protocol.sampling, seed=0, choices=protocol.choices) for _, conversation in shown))
+    sampling = protocol.sampling.model_copy(update={"max_tokens": min(protocol.sampling.max_tokens, 64)})  # a long explanation tells no more
+    completions = ask(*(Request(conversation, sampling, seed=0, choices=protocol.choices) for _, conversation in shown))
     verdicts = [protocol.parse(completion.text, completion.finish_reason, order) for (order, _), completion in zip(shown, completions, strict=True)]
     if name == "blind":  # the choice is enforced, so a verdict is certain
         assert {verdict.status for verdict in verdicts} == {"ok"}

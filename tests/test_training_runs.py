@@ -11,9 +11,12 @@ import time
 import pytest
 
 from tests.runs import SMALL, datadose, start, tables
-from tests.test_training import base, pytestmark
+from tests.test_training import base
+from tests.test_training import pytestmark as warnings
 
-__all__ = ["base", "pytestmark"]
+__all__ = ["base"]
+
+pytestmark = [*warnings, pytest.mark.long]
 
 TRAINING = """
 [training]
@@ -93,12 +96,10 @@ def test_cells_that_share_the_base_are_the_cells_alone(study, alone, store, ray_
     assert near(trained(study, store, ray_address, DATADOSE_SHARE_BASE="3"), alone)
 
 
-@pytest.mark.long
 def test_cells_in_a_gang_are_the_cells_alone(study, alone, store, ray_address):
     assert near(trained(study, store, ray_address, DATADOSE_TRAIN_WORKERS="2", DATADOSE_GANG="2"), alone)
 
 
-@pytest.mark.long
 def test_which_trainer_ran_is_recorded(study, alone, store, tmp_path, ray_address):
     one = tmp_path / "one.toml"
     one.write_text(study.read_text().replace("rows = [16, 8]\nsteps = [5, 8]", "rows = [8]\nsteps = [5]"))
