@@ -42,8 +42,8 @@ test: env ## all tests (the real small model among them: minutes)
 	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20
 	RAY_ADDRESS= $(BIN)/python -m pytest -m "real and not long"
 
-test-long: env ## 17,600 rows behind an endpoint, killed five times; its speed against vLLM's own client: minutes
-	RAY_ADDRESS= $(BIN)/python -m pytest -m long
+test-long: env ## the longest tests: 17,600 rows behind an endpoint and five kills, gangs, cells killed
+	RAY_ADDRESS= $(BIN)/python -m pytest -m long --durations=10
 
 test-k8s: env ## the tests against a real control plane, which `make k8s-tools` builds
 	RAY_ADDRESS= $(BIN)/python -m pytest -m k8s --durations=20

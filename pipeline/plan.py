@@ -238,7 +238,8 @@ def _synthesize_steps(study: Study, task: Task, params: Any, split: str, rows: l
 def prompts_digest(rows: Iterable[Example], *prompts: Callable[[Mapping[str, str]], Conversation]) -> str:
     """sha256 over the lengths of all texts, then the texts: for 10^6 rows twice the time of making them; by way of JSON, thirteen times.
 
-    A first message that is the row's before (an instruction to all) is hashed once.
+    Of a conversation these are its roles and what each says. A first message that is the row's before (an instruction to all)
+    is hashed once. Of `rows` the order counts.
     """
     texts: list[str] = []
     add = texts.append
@@ -250,14 +251,18 @@ def prompts_digest(rows: Iterable[Example], *prompts: Callable[[Mapping[str, str
         for number, prompt in numbered:
             conversation = prompt(fields)
             if conversation[0] == heads[number]:
-                add("=")  # no role, and no id of a row
+                message = conversation[-1]
+                if len(conversation) == 2:
+                    add("= " + message["role"])
+                    add(message["content"])
+                    continue
+                roles = "= "
                 conversation = conversation[1:]
             else:
                 heads[number] = conversation[0]
-            for message in conversation:
-                add(message["role"])
-                add(message["content"])
-            add("")  # no role is empty, so this is where a conversation ends
+                roles = ""
+            add(roles + " ".join(message["role"] for message in conversation))  # in no role is a space or "=", so it tells how many follow
+            texts += [message["content"] for message in conversation]
     lengths = struct.pack(f"<{len(texts) + 1}I", len(texts), *map(len, texts))
     return hashlib.sha256(lengths + "".join(texts).encode()).hexdigest()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from pipeline.artifacts import Store, open_store
@@ -27,8 +28,8 @@ settings.register_profile("datadose", max_examples=50, deadline=None, derandomiz
 settings.load_profile("datadose")
 
 LONG_FIRST = (
-    "test_crash.py", "test_studies.py", "test_training_runs.py", "test_training_shared.py", "test_trainers.py", "test_report_page.py", "test_rehearsal.py",
-    "test_killed.py",
+    "test_crash.py", "test_studies.py", "test_endpoint_runs.py", "test_training_shared.py", "test_leaks.py", "test_report_page.py",
+    "test_rehearsal.py", "test_batches.py", "test_verdict_statistics.py", "test_trainers.py", "test_budget.py", "test_engines.py", "test_bench.py",
 )  # fmt: skip
 REGION = "us-east-1"
 
@@ -203,11 +204,22 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_study: Path, ray_address: str) -> dict[str, object]:
+def finished(tmp_path_factory: pytest.TempPathFactory, small_study: Path, ray_address: str) -> Path:
+    """The store of the small study after a run that nothing befell: one for all processes of the tests, to look at or to copy."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    store, done = folder / "finished", folder / "finished.done"
+    with FileLock(folder / "finished.lock"):
+        if not done.exists():
+            assert datadose("run", small_study, store=store, RAY_ADDRESS=ray_address).returncode == 0
+            done.touch()
+    return store
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished: Path) -> dict[str, object]:
     """Every table of the small study after a run that nothing befell."""
-    store = tmp_path_factory.mktemp("undisturbed")
-    assert datadose("run", small_study, store=store, RAY_ADDRESS=ray_address).returncode == 0
-    return tables(store)
+    return tables(finished)
 
 
 @pytest.fixture(scope="session")

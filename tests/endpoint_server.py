@@ -263,12 +263,13 @@ class EndpointServer:
         return Counter(record.question for record in self.requests if record.delivered_at is not None)
 
     def asked_after_delivery(self) -> list[Record]:
-        """Requests whose question had been answered completely before they came."""
+        """Requests whose question had been answered completely before they came; what such a one is tried again for is no other."""
         answered: dict[str, float] = {}
         again = []
         for record in self.requests:
             if answered.get(record.question, math.inf) < record.at:
                 again.append(record)
+                del answered[record.question]
             if record.delivered_at is not None:
                 answered.setdefault(record.question, record.delivered_at)
         return again

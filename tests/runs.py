@@ -48,7 +48,8 @@ judges = ["scripted/longest"]
 
 def environment(store: Path | str, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DATADOSE_")}
-    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", "RAY_ADDRESS": "", **extra}
+    ray = {"RAY_ADDRESS": "", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # the last two as where Ray is embedded
+    return {**kept, "DATADOSE_STORE": str(store), "DATADOSE_MEMORY_GIB": "1", **ray, **extra}
 
 
 FORKS = multiprocessing.get_context("forkserver")

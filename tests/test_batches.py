@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from pipeline.runtime import Runtime
 from pipeline.study import Budget, Sampling, load_study
 from tests.endpoint_server import BATCH_FAULTS, EndpointServer, answer_text
 from tests.runs import ROOT, SMALL, datadose, start
+from tests.test_leaks import holding, written
 
 NAME = "openai-compatible/small"
 KEY = "sk-canary-77f2ab01c9"
@@ -240,12 +243,19 @@ def test_run_killed_at_any_moment_makes_no_second_batch(server, tmp_path):
     assert sum(count - 1 for count in twice.values()) <= 2  # killed with the one question under way that goes by itself
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
-def test_study_killed_while_its_batches_wait_collects_them_and_ends(server, tmp_path):
+def test_study_killed_while_its_batches_wait_collects_them_and_ends_and_its_key_is_nowhere(server, tmp_path, monkeypatch):
     server.restart(key=KEY, batch_s=4.0)
+    monkeypatch.delenv("OPENAI_API_KEY")
     study, store = tmp_path / "small.toml", tmp_path / "store"
     study.write_text(SMALL.replace("scripted/writer", NAME, 2).replace(f'base = "{NAME}"', 'base = "scripted/writer"').replace("scripted/longest", NAME))
-    setting = {"DATADOSE_ENDPOINT_URL": server.url, "DATADOSE_ENDPOINT_BATCH": "1", "DATADOSE_ENDPOINT_POLL_S": "0.2"}
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    session = tempfile.mkdtemp(prefix="ray")  # Ray's sockets lie below it, and their names have at most 107 bytes
+    setting = {
+        "DATADOSE_ENDPOINT_URL": server.url, "DATADOSE_ENDPOINT_BATCH": "1", "DATADOSE_ENDPOINT_POLL_S": "0.2",
+        "DATADOSE_ENDPOINT_KEY_FILE": str(tmp_path / "key"), "RAY_TMPDIR": session,
+    }  # fmt: skip
     process = start("run", study, store=store, **setting)
     while not server.batches:
         assert process.poll() is None, process.wait().stderr
@@ -260,6 +270,8 @@ def test_study_killed_while_its_batches_wait_collects_them_and_ends(server, tmp_
     assert ended.returncode == 0, ended.stderr
     assert set(Counter(itertools.chain.from_iterable(server.batches)).values()) == {1}
     assert server.asked_after_delivery() == [record for record in server.requests if '"max_tokens": 1,' in record.body][1:]  # the preflight's
+    assert holding(written(store) | written(Path(session)) | {"stdout": ended.stdout, "stderr": ended.stderr}, KEY) == []
+    shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.mark.fast

@@ -61,6 +61,7 @@ def test_gpu_benchmark_without_a_gpu_says_so_and_stops():
     assert "there is no GPU here, so nothing was measured" in ended.stderr
 
 
+@pytest.mark.long
 def test_every_part_of_the_gpu_benchmark_runs_at_a_small_size(tmp_path):
     """With only what it says that it needs: everything else that this project installs is hidden from it."""
     code = (

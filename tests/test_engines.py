@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
+import pytest
+
+from pipeline.llm.vllm_engine import CONTEXT_TOKENS, context_tokens
 from tests.runs import ROOT, environment
 
 CODE = """
@@ -31,6 +35,14 @@ ray.shutdown()
 """
 
 
-def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_path):
-    run = subprocess.run([sys.executable, "-c", CODE], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_path, ray_address):
+    run = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment(tmp_path, RAY_ADDRESS=ray_address), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(("holds", "wanted"), [(2048, 2048), (131072, CONTEXT_TOKENS)])
+def test_engine_takes_no_longer_prompts_than_its_model(tmp_path, holds, wanted):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": holds}))
+    assert context_tokens(tmp_path) == wanted

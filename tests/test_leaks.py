@@ -46,23 +46,15 @@ def holding(texts: dict[str, str], secret: str) -> list[str]:
     return [name for name, text in texts.items() if secret in text]
 
 
-@pytest.mark.parametrize(("source", "batch"), [("environment", "0"), ("file", "0"), ("environment", "1")])
-def test_key_of_an_endpoint_is_in_no_file_no_output_and_no_log_of_the_run(tmp_path, study, server, source, batch):
-    if source == "file":
-        (tmp_path / "key").write_text(f"{CANARY}\n")
-        given = {"DATADOSE_ENDPOINT_KEY_FILE": str(tmp_path / "key")}
-    else:
-        given = {"OPENAI_API_KEY": CANARY}
-    given |= {"DATADOSE_ENDPOINT_BATCH": batch, "DATADOSE_ENDPOINT_POLL_S": "0.2"}
+def test_key_of_an_endpoint_is_in_no_file_no_output_and_no_log_of_the_run(tmp_path, study, server):
     store = tmp_path / "store"
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as session:  # Ray's sockets lie below it, and their names have at most 107 bytes
-        run = datadose("run", study, store=store, DATADOSE_ENDPOINT_URL=server.url, RAY_TMPDIR=session, **given)
+        run = datadose("run", study, store=store, DATADOSE_ENDPOINT_URL=server.url, RAY_TMPDIR=session, OPENAI_API_KEY=CANARY)
         logs = written(Path(session))
     assert run.returncode == 0, run.stdout + run.stderr
     requests = server.requests
     assert len(requests) > 24
-    assert all(request.key_present or request.batch for request in requests)
-    assert bool(server.batches) == (batch == "1")
+    assert all(request.key_present for request in requests)
     kept = written(store)
     assert any(name.endswith(".jsonl") for name in kept)  # the events are among them
     assert len(logs) > 5

@@ -11,45 +11,45 @@ from tests.runs import REHEARSAL, ROOT, contents, datadose, report_files
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def rehearsed(tmp_path_factory, ray_address):
     store = tmp_path_factory.mktemp("rehearsal")
-    run = datadose("run", REHEARSAL, store=store)
+    run = datadose("run", REHEARSAL, store=store, RAY_ADDRESS=ray_address)
     assert run.returncode == 0, run.stderr
     return store, run
 
 
-def test_run_of_a_study_ends_with_table_and_report_path(finished):
-    store, run = finished
+def test_run_of_a_study_ends_with_table_and_report_path(rehearsed):
+    store, run = rehearsed
     assert "n00032-d3407-s0003-t3407" in run.stdout
     assert "Simulated" in run.stdout
     path = next(line for line in run.stdout.splitlines() if line.startswith("report: ")).removeprefix("report: ")
     assert (ROOT / path).resolve() == report_files(store)["report.html"].resolve()
 
 
-def test_rows_in_are_rows_ok_plus_quarantined(finished):
-    results = json.loads(report_files(finished[0])["results.json"].read_text())
+def test_rows_in_are_rows_ok_plus_quarantined(rehearsed):
+    results = json.loads(report_files(rehearsed[0])["results.json"].read_text())
     train = results["rows"]["train"]
     assert train["asked"] == 160 == train["ok"] + train["quarantined"]
     assert sum(train["by_status"].values()) == train["quarantined"] > 0
     assert train["by_status"].keys() == {"truncated", "unparsed"}
 
 
-def test_tables_beside_the_report_hold_every_answer_and_verdict(finished):
-    files = report_files(finished[0])
+def test_tables_beside_the_report_hold_every_answer_and_verdict(rehearsed):
+    files = report_files(rehearsed[0])
     assert pq.read_table(files["answers.parquet"]).num_rows == 6 * 6  # base, zero, four cells; six prompts
     assert pq.read_table(files["verdicts.parquet"]).num_rows == 6 * 6 * 2  # broken, zero, four cells; both orders
     assert pq.read_table(files["train_log.parquet"]).num_rows == 3 + 3 + 4 + 1
 
 
-def test_event_log_of_the_run_is_in_the_store(finished):
-    (log,) = (finished[0] / "events/rehearsal").glob("*.jsonl")
+def test_event_log_of_the_run_is_in_the_store(rehearsed):
+    (log,) = (rehearsed[0] / "events/rehearsal").glob("*.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [event["stage"] for event in events if event["kind"] == "stage_end"] == ["synthesize", "subset", "train", "generate", "judge", "report"]
     assert sum(event["kind"] == "step_done" for event in events) == 24
 
 
-def test_rerun_of_a_finished_study_builds_nothing_and_touches_nothing(finished):
-    store, _ = finished
+def test_rerun_of_a_finished_study_builds_nothing_and_touches_nothing(rehearsed):
+    store, _ = rehearsed
     before = contents(store)
     run = datadose("run", REHEARSAL, store=store)
     assert run.returncode == 0
@@ -57,17 +57,17 @@ def test_rerun_of_a_finished_study_builds_nothing_and_touches_nothing(finished):
     assert contents(store) == before
 
 
-def test_status_and_plan_as_json_say_that_all_is_done(finished):
-    status = json.loads(datadose("status", REHEARSAL, "--json", store=finished[0]).stdout)
+def test_status_and_plan_as_json_say_that_all_is_done(rehearsed):
+    status = json.loads(datadose("status", REHEARSAL, "--json", store=rehearsed[0]).stdout)
     assert status["missing"] == []
-    plan = json.loads(datadose("plan", REHEARSAL, "--json", store=finished[0]).stdout)
+    plan = json.loads(datadose("plan", REHEARSAL, "--json", store=rehearsed[0]).stdout)
     assert all(cell["done"] for cell in plan["cells"])
 
 
-def test_report_is_copied_with_its_tables_where_out_says(finished, tmp_path):
-    run = datadose("report", REHEARSAL, "--out", tmp_path / "copy", store=finished[0])
+def test_report_is_copied_with_its_tables_where_out_says(rehearsed, tmp_path):
+    run = datadose("report", REHEARSAL, "--out", tmp_path / "copy", store=rehearsed[0])
     assert run.returncode == 0
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == set(report_files(finished[0]))
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == set(report_files(rehearsed[0]))
 
 
 def test_dry_run_lists_steps_and_builds_none(tmp_path):

@@ -32,7 +32,9 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(study, ray_address):
     folder = study.parent
-    assert datadose("run", study, store=folder / "store", RAY_ADDRESS=ray_address).returncode == 0
+    run = datadose("run", study, store=folder / "store", RAY_ADDRESS=ray_address)
+    assert run.returncode == 0
+    (folder / "stdout").write_text(run.stdout)
     assert datadose("report", study, "--out", folder / "out", store=folder / "store").returncode == 0
     return folder / "out"
 
@@ -54,6 +56,15 @@ def test_report_shows_charts_and_table_without_network_or_sideways_scrolling(rep
         assert {"Held-out loss", "What the protocols say, side by side", "Where it wins", "Training loss, 2 steps"} <= set(titles)
         assert all(0.6 * min(size["width"], 500) < width <= size["width"] for width in widths)
         assert wrong == []
+
+
+def test_judge_that_looks_at_position_alone_fails_its_gate_in_words_and_figures(report, results):
+    told = " ".join((report.parent / "stdout").read_text().split())
+    assert "FAILED a broken answer loses (scripted/first, protocol blind)" in told
+    gates = [(gate["about"], gate["passed"]) for gate in results["gates"] if gate["about"].startswith("blind")]
+    assert gates == [("blind-0", True), ("blind-0", True), ("blind-1", True), ("blind-1", False)]
+    judge = next(item for item in results["judges"] if item["key"] == "blind-1")
+    assert (judge["first_position_share"], judge["flip_rate"]) == (1.0, 1.0)
 
 
 def test_failed_gate_and_simulation_stand_in_red_before_any_result(report, chromium):

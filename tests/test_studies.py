@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -24,9 +25,8 @@ def small(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
-def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, ray_address):
-    store = tmp_path / "store"
-    assert datadose("run", small(tmp_path), store=store, RAY_ADDRESS=ray_address).returncode == 0
+def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, finished, ray_address):
+    store = shutil.copytree(finished, tmp_path / "store")
     before = contents(store)
     changed = small(tmp_path, ("steps = [2]", "steps = [2, 3]"))
     run = datadose("run", changed, store=store, RAY_ADDRESS=ray_address)
@@ -37,47 +37,35 @@ def test_changed_study_builds_new_steps_and_leaves_old_ones_untouched(tmp_path, 
     assert added == {"train", "generate", "judge", "report"}
 
 
-def test_judge_that_looks_at_position_alone_fails_its_gates_in_red(tmp_path, ray_address):
-    store = tmp_path / "store"
-    run = datadose("run", small(tmp_path, ("scripted/longest", "scripted/first")), store=store, RAY_ADDRESS=ray_address)
+@pytest.fixture(scope="module")
+def many_companies(tmp_path_factory, ray_address):
+    """A study with two hundred companies of its own, whose base is rough, judged by both protocols."""
+    folder = tmp_path_factory.mktemp("many")
+    study = study_with_companies(folder, 200, held_out=["kite-7", "kite-70"])
+    text = study.read_text().replace('base = "scripted/writer"', 'base = "scripted/rough"').replace("count = 3", "count = 20")
+    study.write_text(text + 'protocols = ["blind", "paper"]\n')
+    run = datadose("run", study, store=folder / "store", RAY_ADDRESS=ray_address)
     assert run.returncode == 0, run.stderr
-    assert "The judge cannot be trusted" in run.stdout
-    results = json.loads(report_files(store, "small")["results.json"].read_text())
-    assert [gate["passed"] for gate in results["gates"] if gate["about"] == "blind-0"] == [True, False]
-    assert results["judges"][0]["first_position_share"] == 1.0
-    assert results["judges"][0]["flip_rate"] == 1.0
+    return report_files(folder / "store", "small")
 
 
-def test_both_protocols_judge_every_pair_and_an_empty_answer_like_any_other(tmp_path, ray_address):
-    store = tmp_path / "store"
-    study = small(
-        tmp_path, ('base = "scripted/writer"', 'base = "scripted/rough"'), ("count = 3", "count = 20"),
-        ('judges = ["scripted/longest"]', 'judges = ["scripted/longest"]\nprotocols = ["blind", "paper"]'),
-    )  # fmt: skip
-    run = datadose("run", study, store=store, RAY_ADDRESS=ray_address)
-    assert run.returncode == 0, run.stderr
-    files = report_files(store, "small")
-    rows = pq.read_table(files["verdicts.parquet"]).to_pylist()
+def test_study_with_two_hundred_companies_of_its_own_runs_as_one_with_two(many_companies):
+    answers = pq.read_table(many_companies["answers.parquet"])
+    assert set(answers["company"].to_pylist()) == {"Kite 7", "Kite 70"}
+
+
+def test_both_protocols_judge_every_pair_and_an_empty_answer_like_any_other(many_companies):
+    rows = pq.read_table(many_companies["verdicts.parquet"]).to_pylist()
     showings = [("blind", 0), ("blind", 1), ("paper", 0)]
     wanted = {(candidate, *showing): 20 for candidate in ("broken", "zero", "n00008-d3407-s0002-t3407") for showing in showings}
     assert Counter((row["candidate"], row["protocol"], row["order"]) for row in rows) == wanted
     assert {row["status"] for row in rows} == {"ok"}
     assert {(row["protocol"], row["explanation"] is None) for row in rows} == {("blind", True), ("paper", False)}
-    answers = pq.read_table(files["answers.parquet"]).to_pylist()
+    answers = pq.read_table(many_companies["answers.parquet"]).to_pylist()
     written = {row["row_id"] for row in answers if row["cell"] == "base" and row["raw"]}
     blank = {row["row_id"] for row in answers if row["cell"] == "zero" and not row["raw"]}
     lost = [row["pick"] for row in rows if row["candidate"] == "zero" and row["row_id"] in written & blank]
     assert set(lost) == {"baseline"}
-
-
-def test_study_without_a_judge_ends_with_a_report_that_needs_none(tmp_path, ray_address):
-    store = tmp_path / "store"
-    run = datadose("run", small(tmp_path, ('[judging]\njudges = ["scripted/longest"]\n', "")), store=store, RAY_ADDRESS=ray_address)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(report_files(store, "small")["results.json"].read_text())
-    assert results["judges"] == []
-    assert all(cell["heldout_loss"] is not None and cell["win_rates"] == {} for cell in results["cells"])
-    assert datadose("report", tmp_path / "small.toml", "--out", tmp_path / "out", store=store).returncode == 0
 
 
 def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_path, ray_address):
@@ -90,12 +78,13 @@ def test_too_few_good_rows_say_how_many_there_are_and_keep_what_is_built(tmp_pat
     assert any(name.startswith("manifests/synthesize/") for name in contents(store))
 
 
-def test_two_runs_at_once_on_one_store_give_one_result(tmp_path, ray_address):
-    store, study = tmp_path / "store", small(tmp_path)
-    runs = [start("run", study, store=store, RAY_ADDRESS=ray_address) for _ in range(2)]
+def test_two_runs_at_once_on_one_store_give_one_result_and_say_that_their_judge_looks_at_position_alone(tmp_path, ray_address):
+    store, study = tmp_path / "store", small(tmp_path, ("scripted/longest", "scripted/first"))
+    runs = [start("run", study, store=store, RAY_ADDRESS=address) for address in (ray_address, "")]
     for run in runs:
         ended = run.wait()
         assert ended.returncode == 0, ended.stderr
+        assert "The judge cannot be trusted" in ended.stdout
     manifests = [json.loads(path.read_text()) for path in (store / "manifests").rglob("*.json")]
     assert len(manifests) == 12
     committed = {item["key"] for manifest in manifests for item in manifest["objects"].values()}
@@ -152,16 +141,11 @@ def test_study_on_a_users_table_quarantines_bad_rows_by_line_and_needs_no_teache
     assert run.returncode == 0, run.stderr
     results = json.loads(report_files(tmp_path / "store", "mine")["results.json"].read_text())
     assert results["judge_trusted"] is None
+    assert results["judges"] == []
+    assert all(cell["heldout_loss"] is not None and cell["win_rates"] == {} for cell in results["cells"])
     assert results["measure"] == "accuracy"
     train = results["rows"]["train"]
     assert (train["asked"], train["ok"], train["by_status"]) == (20, 18, {"error": 2})
     assert sorted(reason.partition(":")[0] for reason in train["reasons"]) == ["line 26", "line 27"]
     assert results["cells"][0]["tiers"].keys() == {"new shop"}
     assert results["cells"][0]["scores"].keys() >= {"valid JSON", "no unknown keys", "color", "price", "accuracy", "F1"}
-
-
-def test_study_with_two_hundred_companies_of_its_own_runs_as_one_with_two(tmp_path, ray_address):
-    run = datadose("run", study_with_companies(tmp_path, 200, held_out=["kite-7", "kite-70"]), store=tmp_path / "store", RAY_ADDRESS=ray_address)
-    assert run.returncode == 0, run.stderr
-    answers = pq.read_table(report_files(tmp_path / "store", "small")["answers.parquet"])
-    assert set(answers["company"].to_pylist()) == {"Kite 7", "Kite 70"}

@@ -73,6 +73,7 @@ def test_adapters_logs_and_heldout_losses_after_twenty_steps_are_those_of_the_ce
     assert difference(together["cell0"], together["cell2"]) > 0.1  # or a comparison would tell nothing
 
 
+@pytest.mark.long
 def test_in_bfloat16_company_makes_no_more_difference_than_another_micro_batch(base, tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # some virtual machines announce AMX and fault on it
     for name in ("together", "alone", "reshaped"):
@@ -295,6 +296,7 @@ def together(base, tmp_path, size: int, fatal: int | None = None) -> list[int | 
     return [member.exitcode for member in members]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3])
 def test_gang_trains_the_adapters_of_one_worker_with_the_global_batch_unchanged(base, tmp_path, size):
     assert together(base, tmp_path, size) == [0] * size
@@ -304,6 +306,7 @@ def test_gang_trains_the_adapters_of_one_worker_with_the_global_batch_unchanged(
         assert not list((tmp_path / "rank1" / cell.key).iterdir())
 
 
+@pytest.mark.long
 def test_gang_that_was_killed_goes_on_from_the_first_ones_checkpoints(base, tmp_path):
     killed = together(base, tmp_path, 2, fatal=4)
     assert killed[0] == -signal.SIGKILL

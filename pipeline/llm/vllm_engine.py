@@ -11,6 +11,7 @@ import asyncio
 import os
 import queue
 import threading
+from pathlib import Path
 from typing import Any
 
 from pipeline.chat import prompt_ids
@@ -20,8 +21,16 @@ from pipeline.runtime import Runtime
 from pipeline.study import ModelName
 
 CONTEXT_TOKENS = 4096
+"""Prompt and answer together, at most: the cache is made for it."""
 BLOCK_TOKENS = 32
 """Of the key-value cache on a CPU, the least it takes: what prompts share is read to within a block (vLLM's own choice is 128)."""
+
+
+def context_tokens(model: Path) -> int:
+    """What the model in this folder can hold, CONTEXT_TOKENS at most."""
+    from transformers import AutoConfig
+
+    return min(CONTEXT_TOKENS, getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", CONTEXT_TOKENS))
 
 
 class EngineDiedError(Exception):
@@ -40,14 +49,15 @@ class VllmModel:
 
         path = local_model(model, runtime.cache_dir)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
+        context = context_tokens(path)
         arguments: dict[str, Any] = {
-            "model": str(path), "dtype": precision, "max_model_len": CONTEXT_TOKENS, "max_num_seqs": runtime.requests_in_flight,
+            "model": str(path), "dtype": precision, "max_model_len": context, "max_num_seqs": runtime.requests_in_flight,
             "enable_prefix_caching": True, "disable_log_stats": True,
         }  # fmt: skip
         if on_cpu:
             arguments |= {
                 "distributed_executor_backend": "uni", "enforce_eager": True, "enable_chunked_prefill": False,
-                "max_num_batched_tokens": CONTEXT_TOKENS, "block_size": BLOCK_TOKENS, "kv_cache_memory_bytes": int(runtime.kv_cache_gib * 2**30),
+                "max_num_batched_tokens": context, "block_size": BLOCK_TOKENS, "kv_cache_memory_bytes": int(runtime.kv_cache_gib * 2**30),
             }  # fmt: skip
         if adapters:
             arguments |= {"enable_lora": True, "max_loras": adapters, "max_cpu_loras": adapters, "max_lora_rank": rank}

@@ -67,12 +67,12 @@ class Answerer:
     """
 
     def __init__(
-        self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, limiter: Limiter | None, engines: Sequence[Any], board: Any, tally: Any
+        self, study: str, runtime: str, asked: Asked, spent_before: Bill, settled: bool, limiter: Limiter | None, engines: Sequence[Any], board: Any
     ) -> None:
         self._runtime = Runtime.model_validate_json(runtime)
         self._plan = make_plan(Study.model_validate_json(study))
         self._store = open_store(self._runtime.store)
-        self._asked, self._settled, self._board, self._tally = asked, settled, board, tally
+        self._asked, self._settled, self._board = asked, settled, board
         self._model: LanguageModel
         if engines:
             self._model = RemoteEngine(engines[ray.get(board.join.remote()) % len(engines)])
@@ -94,14 +94,14 @@ class Answerer:
 
     async def _tell(self, done: int, used: Usage) -> tuple[Usage, str | None]:
         self._board.add.remote(done)
-        total, reason = await self._tally.use.remote(used)
+        total, reason = await self._board.tally.remote("use", used)
         return total, reason
 
     async def _build(self, step: Step) -> None:
         try:
             built = await self._answer(step)
         except EndpointStopped as error:
-            await self._tally.stop.remote(str(error))
+            await self._board.tally.remote("stop", str(error))
         except Exception as error:  # whatever it is fails this step alone, and is told
             logging.getLogger(__name__).exception("%s failed", step.key)
             await self._board.fail.remote(step.key, f"{type(error).__name__}: {error}")
@@ -122,7 +122,7 @@ class Answerer:
         answered = await self._asker.ask(work.requests, journal, known)
         table = await asyncio.to_thread(work.table, answered.completions)
         lost = quarantined(table)
-        if not self._settled and not await self._tally.quarantine.remote(step.key, table.num_rows, lost, journal is not None):
+        if not self._settled and not await self._board.tally.remote("quarantine", step.key, table.num_rows, lost, journal is not None):
             return False
         facts = self._facts(table, answered, lost)
         await asyncio.to_thread(commit, self._store, step, {f"{self._asked.name}.parquet": table}, facts)
@@ -191,14 +191,13 @@ def _round(context: Context, steps: Steps, asked: Asked, tally: Tally, before: B
     engines: list[Any] = []
     if ModelName.parse(asked.model).has_engine:
         engines = engines_for(asked.model, runtime, context.plan.study, asked.adapters, workers)
-    with board(context, stage, total, "answers") as counts:
-        shared = ray.remote(num_cpus=0)(Tally).remote(tally.limit, tally.rows, tally.quarantined)
+    with board(context, stage, total, "answers", tally) as counts:
         units = ray.data.from_items([{"key": step.key} for step in steps], override_num_blocks=len(steps))
         answered = units.map_batches(
             Answerer,
             fn_constructor_kwargs={
                 "study": context.plan.study.model_dump_json(), "runtime": runtime.model_dump_json(), "asked": asked, "spent_before": before,
-                "settled": settled, "limiter": limiter_for(asked.model, runtime), "engines": engines, "board": counts, "tally": shared,
+                "settled": settled, "limiter": limiter_for(asked.model, runtime), "engines": engines, "board": counts,
             },
             batch_size=1,
             batch_format="pyarrow",
@@ -216,7 +215,7 @@ def _round(context: Context, steps: Steps, asked: Asked, tally: Tally, before: B
                 raise cause from error
             built = done_keys(context.store)
             return {step.key: f"{type(cause).__name__}: {cause}" for step in steps if step.key not in built}, []
-        reason, held = ray.get(shared.outcome.remote())
+        reason, held = ray.get(counts.tally.remote("outcome"))
         failed: Failed = ray.get(counts.failures.remote())
     if reason is not None:
         context.events.emit("stage_stopped", stage=stage, reason=reason)

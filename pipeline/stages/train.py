@@ -66,12 +66,12 @@ def build(context: Context, steps: Steps) -> Failed:
         try:
             trainer.fit()
             failed: Failed = ray.get(counts.failures.remote())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is told of every step that is not done
             cause = root_cause(error)
-            for told in (cause, *getattr(cause, "worker_failures", {}).values()):
-                if isinstance(told, UserError):
-                    raise told from error
             failed = {step.key: f"{type(cause).__name__}: {cause}" for step in steps}
+        refused: UserError | None = ray.get(counts.refused.remote())
+        if refused:
+            raise refused
     built = done_keys(context.store)
     return {key: reason for key, reason in failed.items() if key not in built}
 
@@ -89,6 +89,13 @@ def shares_of(steps: Steps, workers: int, gang: int) -> list[Share]:
 
 def _train_share(config: dict[str, Any]) -> None:
     """One Ray Train worker. A cell that fails is written on the board; the others go on."""
+    try:
+        _train(config)
+    except UserError as error:  # were it raised, Ray Train would try again
+        ray.get(config["board"].refuse.remote(error))
+
+
+def _train(config: dict[str, Any]) -> None:
     runtime = Runtime.model_validate_json(config["runtime"])
     plan = make_plan(Study.model_validate_json(config["study"]))
     store = open_store(runtime.store)

@@ -7,6 +7,7 @@ else differs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 
 import ray
 
+from pipeline.budget import Tally
+from pipeline.errors import UserError
 from pipeline.network import enforce, worker_hook
 from pipeline.runtime import Runtime
 from pipeline.stages import Context
@@ -32,6 +35,9 @@ def ensure_ray(runtime: Runtime) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers' stderr is kept in the session's folder all the same
     embedded = not os.environ.get("RAY_ADDRESS")
+    if embedded:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for what happens to rented machines
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so late at most is it seen that a stage is done
     hook = worker_hook(runtime)
     ray.init(
         logging_level=logging.ERROR,
@@ -52,15 +58,20 @@ def worker_environment(engine: Mapping[str, str], workers: int) -> dict[str, Any
     return {"env_vars": {"OMP_NUM_THREADS": str(threads), **quiet, **engine}}
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Counts of finished work, keys of committed steps, reasons of failed ones."""
+    """Counts of finished work, keys of committed steps, reasons of failed ones, and the stage's tally where it has one."""
 
     def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, tally: Tally | None) -> None:
+        """A new stage, about which nothing is known."""
         self._joined = 0
         self._done = 0
         self._finished: list[str] = []
         self._failed: dict[str, str] = {}
+        self._refused: UserError | None = None
+        self._tally = tally
 
     def join(self) -> int:
         """How many workers joined before."""
@@ -82,11 +93,29 @@ class Board:
     def failures(self) -> dict[str, str]:
         return self._failed
 
+    def refuse(self, error: UserError) -> None:
+        """Why nothing of the stage can be done as it was asked for."""
+        self._refused = error
+
+    def refused(self) -> UserError | None:
+        return self._refused
+
+    def tally(self, call: str, *arguments: Any) -> Any:
+        """What the method of this name of the tally returns."""
+        return getattr(self._tally, call)(*arguments)
+
+
+@functools.cache
+def _board_of(job: str) -> Any:
+    """One for all stages of a driver: a process takes a second to start."""
+    return ray.remote(num_cpus=0)(Board).remote()
+
 
 @contextlib.contextmanager
-def board(context: Context, stage: str, total: int, unit: str) -> Iterator[Any]:
+def board(context: Context, stage: str, total: int, unit: str, tally: Tally | None = None) -> Iterator[Any]:
     """A board whose news are emitted as events while the block runs."""
-    actor = Board.remote()  # type: ignore[attr-defined]  # ray.remote adds it
+    actor = _board_of(ray.get_runtime_context().get_job_id())
+    ray.get(actor.begin.remote(tally))
     stop = threading.Event()
 
     def poll() -> None:
@@ -111,7 +140,6 @@ def board(context: Context, stage: str, total: int, unit: str) -> Iterator[Any]:
     finally:
         stop.set()
         thread.join(timeout=10)
-        ray.kill(actor)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ from pipeline.runtime import Runtime
 from pipeline.study import ModelName, Training, load_study
 from pipeline.training import CellWork, TrainingRow, Watch
 from tests.bench import Benchmark, Sides
+from tests.bench.endpoint import endpoint
 from tests.bench.engines import Remote, answers, folder_of_adapters, judge_ours, judge_shuffled, synthesis_bare, synthesis_ours
 
 TEXT = "the a warm fresh bread order today buy light tent dry boots winter soup and with for every day our new offer join us on store sale best quality"
@@ -247,6 +248,7 @@ BENCHMARKS = (
     Benchmark("shared-laptop", "shared base, K = 8 cells of `laptop` (8 rows a step)", "`packed`, one cell after the other", 1.0, lambda: shared(8, 45, 1)),
     Benchmark("adapters", "base and 15 adapters in one engine, 12 prompts x 60 tokens each, wall", "an engine for each", 3.5, adapters),
     Benchmark("judging", "judge's requests in our order, prefix cache on", "shuffled, cache off", 2.5, judging),
+    Benchmark("endpoint", "answers of `vllm serve` through our client, journaled, tokens/s", "vLLM's own benchmark client, same prompts", 0.95, endpoint),
     Benchmark("rerun", "`datadose run` of a finished paper-size study", "–", 0, rerun, 5.0, in_worker=False),
     Benchmark("prompts", "building and hashing 10^6 prompts", "a loop that only formats them", 0.5, prompts, in_worker=False),
 )
