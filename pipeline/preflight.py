@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import secrets
 import socket
 import subprocess
@@ -54,6 +55,7 @@ def _needed(plan: Plan, runtime: Runtime, store: Store, done: set[str]) -> Itera
     yield writable(store)
     if not plan.study.simulated:
         yield from models(plan)
+        yield from libraries(plan, runtime)
         yield memory(runtime)
     yield from endpoints(plan, runtime, done)
 
@@ -63,6 +65,7 @@ def diagnose(plan: Plan, runtime: Runtime) -> Iterator[Check]:
     enforce(runtime)
     yield from store_checks(open_store(runtime.store))
     yield from models(plan)
+    yield from libraries(plan, runtime)
     yield from endpoints(plan, runtime, set())
     yield memory(runtime)
     yield disk(runtime)
@@ -123,6 +126,21 @@ def models(plan: Plan) -> Iterator[Check]:
             yield Check("model", good, f"{name} {found}", "Name a folder as save_pretrained writes it")
         else:
             yield Check("model", True, f"{name} comes from the hub when it is first needed", "")
+
+
+def libraries(plan: Plan, runtime: Runtime) -> Iterator[Check]:
+    """What no Python package brings along: vLLM on a CPU is linked against libnuma."""
+    models = (plan.study.base, plan.study.synthesis.teacher, *plan.study.judging.judges)
+    if runtime.gpus_per_worker or not any(ModelName.parse(name).has_engine for name in models if name):
+        return
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        yield Check(
+            "libnuma", False, f"cannot be loaded ({error})", "Install it, vLLM needs it on a CPU: apt-get install libnuma1, or dnf install numactl-libs"
+        )
+    else:
+        yield Check("libnuma", True, "is there", "")
 
 
 def endpoints(plan: Plan, runtime: Runtime, done: set[str]) -> Iterator[Check]:

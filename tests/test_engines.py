@@ -8,7 +8,11 @@ import sys
 
 import pytest
 
+from pipeline import preflight
 from pipeline.llm.vllm_engine import CONTEXT_TOKENS, context_tokens
+from pipeline.plan import make_plan
+from pipeline.runtime import Runtime
+from pipeline.study import load_study
 from tests.runs import ROOT, environment
 
 CODE = """
@@ -46,3 +50,14 @@ def test_engines_are_found_again_made_anew_or_name_why_they_cannot_start(tmp_pat
 def test_engine_takes_no_longer_prompts_than_its_model(tmp_path, holds, wanted):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": holds}))
     assert context_tokens(tmp_path) == wanted
+
+
+def test_machine_without_libnuma_is_told_so_before_an_engine_is_started(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(preflight.ctypes, "CDLL", missing)
+    (check,) = preflight.libraries(make_plan(load_study("laptop")), Runtime())
+    assert not check.passed
+    assert "libnuma1" in check.remedy
+    assert list(preflight.libraries(make_plan(load_study("laptop")), Runtime(gpus_per_worker=1))) == []
