@@ -66,10 +66,10 @@ def build(context: Context, steps: Steps) -> Failed:
         try:
             trainer.fit()
             failed: Failed = ray.get(counts.failures.remote())
+            refused: UserError | None = ray.get(counts.refused.remote())
         except Exception as error:  # noqa: BLE001  # whatever it is, it is told of every step that is not done
             cause = root_cause(error)
-            failed = {step.key: f"{type(cause).__name__}: {cause}" for step in steps}
-        refused: UserError | None = ray.get(counts.refused.remote())
+            failed, refused = {step.key: f"{type(cause).__name__}: {cause}" for step in steps}, None
         if refused:
             raise refused
     built = done_keys(context.store)
